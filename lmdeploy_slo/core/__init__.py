@@ -1,0 +1,1 @@
+"""Pure data and formulas: no asyncio, no grpc, no numba, no clock."""

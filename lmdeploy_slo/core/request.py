@@ -1,0 +1,63 @@
+"""What the scheduler knows of a request.
+
+There is no field for the true output length here, and no prompt text: a policy can only use what would be known
+in production when the request arrives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+
+from lmdeploy_slo.core.slo import NO_SLO, Slo
+
+
+class PriorityClass(IntEnum):
+    """Tiers above the SLO: every waiting request of a higher class goes before those of a lower one."""
+
+    BULK = 0
+    DEFAULT = 1
+    INTERACTIVE = 2
+    SYSTEM = 3
+
+
+class EndStatus(str, Enum):
+    """How a request ended; every request ends exactly once with one of these."""
+
+    FINISHED = "finished"
+    REJECTED = "rejected"
+    TIMED_OUT = "timed_out"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class FinishReason(str, Enum):
+    """Why the engine stopped generating."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSpec:
+    """One request as the scheduler sees it on arrival.
+
+    arrival_at_s: the instant the request was due, on the server's clock.
+    prompt_tokens: >= 1. max_new_tokens: >= 1, the hard cap of the output.
+    expected_output_tokens: the client's hint, >= 1, None where it gave none.
+    queue_timeout_s: longest wait before dispatch, None for no bound.
+    """
+
+    request_id: str
+    arrival_at_s: float
+    prompt_tokens: int
+    max_new_tokens: int
+    slo: Slo = NO_SLO
+    expected_output_tokens: float | None = None
+    task_type: str = ""
+    model: str = ""
+    fairness_id: str = ""
+    priority_class: PriorityClass = PriorityClass.DEFAULT
+    sheddable: bool = False
+    queue_timeout_s: float | None = None

@@ -1,0 +1,185 @@
+"""The one scheduler, driven by the runtime in real time and by the simulator in virtual time.
+
+It keeps the waiting and the running requests, hands immutable snapshots to a policy, and turns the policy's plan
+into dispatches. A plan is a suggestion made on an old picture: whoever has left since is skipped, and the in-flight
+cap holds whatever the plan says.
+
+    add -> (snapshot -> policy.plan -> apply)* -> on_tokens* -> finish | drop
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+from lmdeploy_slo.core.latency_model import StepModel
+from lmdeploy_slo.core.plan import Plan
+from lmdeploy_slo.core.request import RequestSpec
+from lmdeploy_slo.core.snapshot import EngineLimits, Snapshot
+from lmdeploy_slo.errors import QueueFull
+from lmdeploy_slo.prediction.length import LengthForecast, LengthPredictor
+from lmdeploy_slo.scheduling.row_table import RowTable
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """A request that goes to the engine now; `rank` is its place in the plan, smaller first."""
+
+    handle: int
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerStatistics:
+    waiting: int
+    running: int
+    waiting_prompt_tokens: int
+    added: int
+    dispatched: int
+    refused: int
+    plans_applied: int
+    stale_entries: int  # plan entries of requests that had left before the plan was applied
+
+
+class Scheduler:
+    """Not thread-safe: all calls from one thread. Snapshots may be read from any thread."""
+
+    def __init__(
+        self,
+        *,
+        limits: EngineLimits,
+        model: StepModel,
+        lengths: LengthPredictor,
+        max_queued_requests: int | None = None,
+    ) -> None:
+        self.limits = limits
+        self.model = model
+        self._lengths = lengths
+        self._max_queued = max_queued_requests
+        self._numbers = itertools.count(1)
+        self._waiting = RowTable()
+        self._running = RowTable()
+        self._specs: dict[int, RequestSpec] = {}
+        self._order: list[int] = []  # the last plan's, for queue positions
+        self._waiting_prompt_tokens = 0
+        self._added = self._dispatched = self._refused = self._plans = self._stale = 0
+
+    # -- requests come and go -------------------------------------------------
+
+    def add(self, spec: RequestSpec) -> int:
+        """Queues a request and returns its handle; raises QueueFull at the bound."""
+        if self._max_queued is not None and len(self._waiting) >= self._max_queued:
+            self._refused += 1
+            raise QueueFull(f"{len(self._waiting)} requests are waiting, the limit is {self._max_queued}")
+        handle = next(self._numbers)
+        self._waiting.insert(self._row(handle, spec))
+        self._specs[handle] = spec
+        self._waiting_prompt_tokens += spec.prompt_tokens
+        self._added += 1
+        return handle
+
+    def drop(self, handle: int) -> bool:
+        """Forgets a request that did not run to its end, waiting or running; False where it is unknown."""
+        if handle in self._waiting:
+            self._waiting.remove(handle)
+            self._waiting_prompt_tokens -= self._specs[handle].prompt_tokens
+        elif handle in self._running:
+            self._running.remove(handle)
+        else:
+            return False
+        del self._specs[handle]
+        return True
+
+    def on_tokens(self, handle: int, count: int, at_s: float) -> None:
+        """`count` tokens of a running request became known at `at_s`; unknown handles are ignored."""
+        if handle not in self._running:
+            return
+        if count and math.isnan(self._running.get(handle, "first_token_at_s")):
+            self._running.set(handle, "first_token_at_s", at_s)
+        self._running.add(handle, "generated_tokens", count)
+
+    def finish(self, handle: int, output_tokens: int) -> None:
+        """A running request ran to its end with `output_tokens`: its slot is free, its length is learnt."""
+        spec = self._specs[handle]
+        if self.drop(handle):
+            self._lengths.observe(spec, output_tokens)
+
+    # -- planning -------------------------------------------------------------
+
+    def snapshot(self, now_s: float) -> Snapshot:
+        """The picture a policy decides on."""
+        running = self._running.copy()
+        if len(running):
+            running.flags.writeable = True
+            self._lengths.revise(running)
+            running.flags.writeable = False
+        return Snapshot(now_s, self._waiting.copy(), running, self.limits, self.model)
+
+    def apply(self, plan: Plan, now_s: float) -> list[Dispatch]:
+        """Moves the head of the plan from waiting to running and returns who goes, best rank first."""
+        self._plans += 1
+        free = self.limits.max_batch_size - len(self._running)
+        dispatches: list[Dispatch] = []
+        order = plan.order.tolist()
+        for rank, handle in enumerate(order[: plan.send_now]):
+            if len(dispatches) >= free:
+                break
+            if handle not in self._waiting:
+                self._stale += 1
+                continue
+            row = self._waiting.remove(handle)
+            row["dispatched_at_s"] = now_s
+            self._running.insert(row)
+            self._waiting_prompt_tokens -= self._specs[handle].prompt_tokens
+            dispatches.append(Dispatch(handle, rank))
+        self._dispatched += len(dispatches)
+        self._order = order
+        return dispatches
+
+    # -- questions ------------------------------------------------------------
+
+    def queue_position(self, handle: int) -> int | None:
+        """How many waiting requests go before this one by the last plan; None where it does not wait."""
+        if handle not in self._waiting:
+            return None
+        position = 0
+        for other in self._order:
+            if other == handle:
+                return position
+            position += other in self._waiting
+        return len(self._waiting) - 1
+
+    def forecast(self, spec: RequestSpec) -> LengthForecast:
+        """The output length this request would be planned with."""
+        return self._lengths.predict(spec)
+
+    def statistics(self) -> SchedulerStatistics:
+        return SchedulerStatistics(
+            waiting=len(self._waiting),
+            running=len(self._running),
+            waiting_prompt_tokens=self._waiting_prompt_tokens,
+            added=self._added,
+            dispatched=self._dispatched,
+            refused=self._refused,
+            plans_applied=self._plans,
+            stale_entries=self._stale,
+        )
+
+    def _row(self, handle: int, spec: RequestSpec) -> tuple[float, ...]:
+        forecast = self._lengths.predict(spec)
+        slo = spec.slo
+        return (
+            handle,
+            int(spec.priority_class),
+            spec.arrival_at_s,
+            spec.prompt_tokens,
+            forecast.tokens,
+            math.inf if slo.ttft_s is None else slo.ttft_s,
+            math.inf if slo.tpot_s is None else slo.tpot_s,
+            math.inf if slo.e2e_s is None else slo.e2e_s,
+            math.nan,
+            math.nan,
+            0.0,
+            forecast.sigma,
+        )

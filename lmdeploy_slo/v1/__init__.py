@@ -1,0 +1,1 @@
+"""Generated from proto/lmdeploy_slo/v1/inference.proto by `make proto`. Do not edit."""
