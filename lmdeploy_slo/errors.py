@@ -3,6 +3,7 @@
     SloError
     +-- ConfigError            the operator's configuration is wrong
     |   +-- MissingExtra       an optional dependency is not installed
+    +-- TraceError             a trace file cannot be read: names file, line and field
     +-- RequestError           one request ends with this; `reason` is its stable machine-readable name
         +-- InvalidRequest     the client's fault: names each field and the limit it broke
         +-- Rejected           not accepted; may be tried again after `retry_after_s`
@@ -40,6 +41,10 @@ class MissingExtra(ConfigError):
     def __init__(self, what: str, extra: str) -> None:
         super().__init__(f"{what} needs an optional dependency: pip install 'lmdeploy-slo[{extra}]'")
         self.extra = extra
+
+
+class TraceError(SloError):
+    """A trace file cannot be read; the text names the file, the line and the field."""
 
 
 class RequestError(SloError):
