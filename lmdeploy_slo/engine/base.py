@@ -109,7 +109,7 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What an engine is. `synthetic`: its tokens mean nothing. `max_session_tokens`: prompt + output, None: unbounded."""
+    """What an engine is. synthetic: its tokens mean nothing. max_session_tokens: prompt + output, None: unbounded."""
 
     name: str
     model: str

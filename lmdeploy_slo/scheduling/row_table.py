@@ -60,6 +60,6 @@ class RowTable:
 
     def copy(self) -> Rows:
         """A read-only copy of all rows."""
-        rows = self._rows[: self._size].copy()
+        rows: Rows = self._rows[: self._size].copy()
         rows.flags.writeable = False
         return rows
