@@ -6,6 +6,8 @@
     +-- TraceError             a trace file cannot be read: names file, line and field
     +-- RequestError           one request ends with this; `reason` is its stable machine-readable name
         +-- InvalidRequest     the client's fault: names each field and the limit it broke
+        +-- ModelNotFound      it names a model that is not served here
+        +-- RequestIdInUse     its id belongs to a request that has not ended
         +-- Rejected           not accepted; may be tried again after `retry_after_s`
         |   +-- QueueFull
         |   +-- Unattainable   its SLO cannot be met and it allowed shedding
@@ -69,6 +71,18 @@ class InvalidRequest(RequestError):
     def __init__(self, violations: Sequence[FieldViolation]) -> None:
         self.violations = tuple(violations)
         super().__init__("; ".join(f"{v.field}: {v.description}" for v in self.violations))
+
+
+class ModelNotFound(RequestError):
+    """The request names a model that is not served here."""
+
+    reason = "MODEL_NOT_FOUND"
+
+
+class RequestIdInUse(RequestError):
+    """The request's id belongs to a request that has not ended."""
+
+    reason = "REQUEST_ID_IN_USE"
 
 
 class Rejected(RequestError):
