@@ -5,7 +5,8 @@ caller asks for a step (`begin_step` gives its duration) and ends it (`end_step`
 steps in which nothing can change may be skipped in closed form.
 
 Prompt tokens are prefilled in order of submission, at most `max_prefill_tokens` a step; the step that ends a prompt
-emits its first token. When the KV cache is short the latest submitted sequence is evicted and recomputed later.
+emits its first token. When the KV cache is short the latest submitted sequence is evicted and recomputed later. A
+sequence whose tokens would not even fit alone is cut: the KV cache never holds more than its limit.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ class Sequence:
     """One request inside the engine. `output_tokens` is the true length: schedulers never see this object."""
 
     key: Hashable
-    prompt_tokens: int
-    output_tokens: int
+    prompt_tokens: int  # >= 1
+    output_tokens: int  # >= 1; `submit` cuts it to what the KV cache can hold
     cached_tokens: int = 0  # of the prompt, already in the prefix cache
     rank: int = 0  # smaller first; ties by submission
     # state, owned by the batch
@@ -34,8 +35,19 @@ class Sequence:
     context: int = 0  # tokens in the KV cache; exact while prefilling, else see PersistentBatch.context_of
     emitted: int = 0  # tokens emitted; exact while not decoding, else see PersistentBatch.emitted_of
     joined_at: int = -1  # decode epoch at which it began to decode; -1 while it does not
+    queued: bool = False  # submitted or evicted, not in the batch
     done: bool = False
     evictions: int = 0
+
+
+_STALE_ENTRIES = 64
+"""How many outdated heap entries are kept, beyond as many as there are live ones, before a heap is rebuilt."""
+
+
+def _waits(entry: tuple[int, int, Sequence]) -> bool:
+    """Whether an entry of the queue still stands for its sequence."""
+    rank, _, sequence = entry
+    return sequence.queued and sequence.rank == rank
 
 
 @dataclass(slots=True)
@@ -46,17 +58,17 @@ class _Step:
 
 
 class PersistentBatch:
-    """See the module. `submit` raises ValueError for a prompt that cannot fit into the KV cache at all."""
+    """See the module. Memory is bounded by the sequences that have not ended."""
 
     def __init__(self, model: StepModel, limits: EngineLimits) -> None:
         self.model = model
         self.limits = limits
         self._numbers = itertools.count()
-        self._queue: list[tuple[int, int, Sequence]] = []  # submitted, not admitted: heap of (rank, number)
+        self._queue: list[tuple[int, int, Sequence]] = []  # not in the batch: heap of (rank, number), some stale
         self._queued = 0
         self._prefilling: list[Sequence] = []  # in order of submission
         self._decoding: dict[Hashable, Sequence] = {}
-        self._finish_heap: list[tuple[int, int, Sequence]] = []  # (epoch of the last token, number)
+        self._finish_heap: list[tuple[int, int, Sequence]] = []  # (epoch of the last token, number), some stale
         self._epoch = 0  # decode steps run so far
         self._decode_context = 0  # tokens in the KV cache of all decoding sequences
         self._prefill_context = 0
@@ -91,12 +103,20 @@ class PersistentBatch:
     # -- requests -------------------------------------------------------------
 
     def submit(self, sequence: Sequence) -> None:
-        """Takes a sequence; it joins at the next `begin_step` that has room."""
+        """Takes a sequence; it joins at the next `begin_step` that has room.
+
+        Raises ValueError where a count is out of range, the key is in use, or the prompt alone exceeds the KV cache.
+        """
         kv_tokens = self.limits.kv_tokens
-        if kv_tokens is not None and sequence.prompt_tokens + 1 > kv_tokens:
+        if sequence.prompt_tokens < 1 or sequence.output_tokens < 1 or sequence.cached_tokens < 0:
+            raise ValueError(f"{sequence.key!r} needs a prompt and an output of at least one token")
+        if kv_tokens is not None and sequence.prompt_tokens > kv_tokens:
             raise ValueError(f"prompt of {sequence.prompt_tokens} tokens does not fit a KV cache of {kv_tokens} tokens")
         if sequence.key in self._sequences:
             raise ValueError(f"{sequence.key!r} is in the engine already")
+        if kv_tokens is not None:
+            # The last token is never written to the cache, so one more than what is left can be emitted.
+            sequence.output_tokens = min(sequence.output_tokens, kv_tokens - sequence.prompt_tokens + 1)
         sequence.number = next(self._numbers)
         sequence.context = min(sequence.cached_tokens, sequence.prompt_tokens - 1)
         sequence.to_prefill = sequence.prompt_tokens - sequence.context
@@ -110,6 +130,17 @@ class PersistentBatch:
             return False
         sequence.done = True
         self._leave(sequence)
+        return True
+
+    def rerank(self, key: Hashable, rank: int) -> bool:
+        """Gives a sequence that is not in the batch a new rank; False where it is unknown or in the batch."""
+        sequence = self._sequences.get(key)
+        if sequence is None or not sequence.queued:
+            return False
+        if sequence.rank != rank:
+            sequence.rank = rank
+            heapq.heappush(self._queue, (rank, sequence.number, sequence))
+            self._compact_queue()
         return True
 
     # -- time -----------------------------------------------------------------
@@ -186,13 +217,20 @@ class PersistentBatch:
     # -- inside ---------------------------------------------------------------
 
     def _enqueue(self, sequence: Sequence) -> None:
+        sequence.queued = True
         heapq.heappush(self._queue, (sequence.rank, sequence.number, sequence))
         self._queued += 1
 
     def _peek(self) -> Sequence | None:
-        while self._queue and self._queue[0][2].done:
+        while self._queue and not _waits(self._queue[0]):
             heapq.heappop(self._queue)
         return self._queue[0][2] if self._queue else None
+
+    def _compact_queue(self) -> None:
+        """Entries that were cancelled or reranked must not pile up behind a head that does not fit."""
+        if len(self._queue) > 2 * self._queued + _STALE_ENTRIES:
+            # Equal entries (a rank that changed and changed back) collapse: one sequence has one live entry.
+            self._queue = sorted({entry[1]: entry for entry in self._queue if _waits(entry)}.values())
 
     def _head_fits(self) -> bool:
         head = self._peek()
@@ -207,6 +245,7 @@ class PersistentBatch:
     def _admit(self) -> None:
         while self.active < self.limits.max_batch_size and self._head_fits():
             sequence = heapq.heappop(self._queue)[2]
+            sequence.queued = False
             self._queued -= 1
             self._prefill_context += sequence.context
             self._reserved += sequence.to_prefill
@@ -225,6 +264,8 @@ class PersistentBatch:
         self._decode_context += sequence.context
         last = self._epoch + sequence.output_tokens - sequence.emitted
         heapq.heappush(self._finish_heap, (last, sequence.number, sequence))
+        if len(self._finish_heap) > 2 * len(self._decoding) + _STALE_ENTRIES:
+            self._finish_heap = sorted(entry for entry in self._finish_heap if self._ends_at(entry))
         return False
 
     def _settle(self, sequence: Sequence) -> None:
@@ -246,12 +287,13 @@ class PersistentBatch:
         return finished
 
     def _drop_stale_finishes(self) -> None:
-        heap = self._finish_heap
-        while heap and (heap[0][2].joined_at < 0 or heap[0][0] != self._last_epoch_of(heap[0][2])):
-            heapq.heappop(heap)
+        while self._finish_heap and not self._ends_at(self._finish_heap[0]):
+            heapq.heappop(self._finish_heap)
 
-    def _last_epoch_of(self, sequence: Sequence) -> int:
-        return sequence.joined_at + sequence.output_tokens - sequence.emitted
+    def _ends_at(self, entry: tuple[int, int, Sequence]) -> bool:
+        """Whether an entry still tells when its sequence ends: cancelled and evicted ones leave theirs behind."""
+        last_epoch, _, sequence = entry
+        return sequence.joined_at >= 0 and last_epoch == sequence.joined_at + sequence.output_tokens - sequence.emitted
 
     def _finish(self, sequence: Sequence) -> None:
         sequence.done = True
@@ -261,34 +303,32 @@ class PersistentBatch:
         """Drops a cancelled sequence from whichever set holds it."""
         if sequence.joined_at >= 0:
             self._settle(sequence)
-        elif sequence in self._prefilling:
-            self._prefilling.remove(sequence)
-            self._prefill_context -= sequence.context
-            self._reserved -= sequence.to_prefill
+        elif sequence.queued:
+            sequence.queued = False  # its heap entry is dropped when it comes up
+            self._queued -= 1
+            self._compact_queue()
         else:
-            self._queued -= 1  # its heap entry is dropped when it comes up
+            self._stop_prefill(sequence)
+
+    def _stop_prefill(self, sequence: Sequence) -> None:
+        self._prefilling.remove(sequence)
+        self._prefill_context -= sequence.context
+        self._reserved -= sequence.to_prefill
 
     def _evict_for_decode(self) -> None:
         """Makes room for one more token of each decoding sequence; the latest submitted goes first.
 
-        A sequence alone in the cache is not evicted: it ends there, its output cut at what fits.
+        The last one left always fits, because `submit` cut its output to what the cache holds.
         """
         kv_tokens = self.limits.kv_tokens
         if kv_tokens is None:
             return
         while self._decoding and self.kv_tokens_used + self._reserved + len(self._decoding) > kv_tokens:
-            members = [*self._decoding.values(), *self._prefilling]
-            victim = max(members, key=lambda s: s.number)
-            if len(members) == 1:
-                victim.output_tokens = self.emitted_of(victim) + 1
-                heapq.heappush(self._finish_heap, (self._epoch + 1, victim.number, victim))
-                return
+            victim = max([*self._decoding.values(), *self._prefilling], key=lambda s: s.number)
             if victim.joined_at >= 0:
                 self._settle(victim)
             else:
-                self._prefilling.remove(victim)
-                self._prefill_context -= victim.context
-                self._reserved -= victim.to_prefill
+                self._stop_prefill(victim)
             # What it generated becomes prompt; its next token comes when that has been recomputed.
             victim.to_prefill = victim.prompt_tokens + victim.emitted
             victim.context = 0
