@@ -1,0 +1,416 @@
+"""Drives the scheduler, a policy and an engine on one event loop.
+
+    submit -> scheduler.add -> (snapshot -> policy, in a worker thread -> apply -> engine.submit) -> events -> stream
+
+Every request ends exactly once, in `_end`, whatever ended it: its last token, an abort, its reader, its deadline, its
+queue timeout, the engine, or the shutdown. From then on nothing here knows it.
+
+Planning. Whatever can change a plan marks it stale; a task takes a snapshot, has it planned off the loop, applies the
+plan and starts again where something happened meanwhile. Many events during one plan thus lead to one more plan.
+
+Times. A request is judged by the instants at which the engine's events became known, on the clock given.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from lmdeploy_slo.clock import Clock
+from lmdeploy_slo.core.request import EndStatus, FinishReason, RequestSpec
+from lmdeploy_slo.core.slo import Timing
+from lmdeploy_slo.engine.base import Engine, EngineEvent, EngineRequest
+from lmdeploy_slo.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    Draining,
+    EngineError,
+    EngineUnavailable,
+    InvalidRequest,
+    QueueFull,
+    QueueTimeout,
+    RequestError,
+    RequestIdInUse,
+    Unattainable,
+)
+from lmdeploy_slo.runtime.planner import Planner
+from lmdeploy_slo.runtime.statistics import EndCounts, RuntimeLoad
+from lmdeploy_slo.runtime.stream import Completion, RequestStream
+from lmdeploy_slo.scheduling.admission import Forecast, forecast, unmet_objectives
+from lmdeploy_slo.scheduling.policy import Policy
+from lmdeploy_slo.scheduling.scheduler import Dispatch, Scheduler
+
+logger = logging.getLogger(__name__)
+
+IDLE_REPLAN_S = 0.05
+"""A plan that sends nothing into an idle engine, and names no time to ask again, is asked again after this long."""
+
+RETRY_AFTER_RANGE_S = (0.1, 30.0)
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeOptions:
+    """flush_interval_s: >= 0, see `runtime.stream`; 0: one token a delta. shed: refuse sheddable requests whose
+    forecast breaks their SLO. instance: name of the engine instance, None for "<engine>-0"."""
+
+    flush_interval_s: float = 0.007
+    shed: bool = False
+    instance: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.flush_interval_s < 60:
+            raise ValueError(f"flush_interval_s must be from 0 to 60 seconds, got {self.flush_interval_s}")
+
+
+@dataclass(slots=True, eq=False)
+class _Live:
+    """A request that has not ended."""
+
+    spec: RequestSpec
+    request: EngineRequest
+    handle: int
+    stream: RequestStream
+    timing: Timing
+    predicted: Forecast
+    rank: int = -1
+    cached_tokens: int | None = None
+    last_token_at_s: float | None = None
+    queue_timer: asyncio.TimerHandle | None = None
+    deadline_timer: asyncio.TimerHandle | None = None
+    ended: bool = False
+
+
+class Runtime:
+    """All methods on the loop that called `start`, from one thread."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        scheduler: Scheduler,
+        policy: Policy,
+        clock: Clock,
+        options: RuntimeOptions | None = None,
+        *,
+        executor: Executor | None = None,
+    ) -> None:
+        """executor: where plans are made, one at a time; a thread of its own where None is given."""
+        self.engine = engine
+        self.scheduler = scheduler
+        self.policy = policy
+        self.clock = clock
+        self.options = options or RuntimeOptions()
+        self._own_executor: Executor | None = None
+        if executor is None:
+            executor = self._own_executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="planner")
+        self._planner = Planner(policy, executor, clock)
+        self._counts = EndCounts()
+        self._live: dict[str, _Live] = {}
+        self._by_handle: dict[int, _Live] = {}
+        self._leaving: set[str] = set()  # aborted in the engine, its last event still to come
+        self._progress: dict[int, int] = {}  # handle -> tokens the scheduler was not told of yet
+        self._progress_at_s = 0.0
+        self._started = self._draining = self._engine_lost = False
+        self._stale = asyncio.Event()  # the last plan is
+        self._empty = asyncio.Event()
+        self._empty.set()
+        self._planning: asyncio.Task[None] | None = None
+        self._replan_timer: asyncio.TimerHandle | None = None
+        self._dispatch_gap_s: float | None = None  # recent mean time between dispatches
+        self._last_dispatch_at_s: float | None = None
+
+    # -- life -----------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Ready for requests when it returns: policy compiled, engine up. Raises what either raises."""
+        await self._planner.warm_up()
+        await self.engine.start(self._on_events)
+        self._planning = asyncio.get_running_loop().create_task(self._keep_planning(), name="planning")
+        self._started = True
+
+    async def drain(self, grace_s: float) -> None:
+        """Takes no new requests, lets those here end for up to `grace_s` seconds, ends the rest with `Draining`."""
+        self._draining = True
+        try:
+            await asyncio.wait_for(self._empty.wait(), grace_s)
+        except asyncio.TimeoutError:
+            logger.warning("%d requests did not end within %g s", len(self._live), grace_s)
+        self._end_all()
+
+    async def close(self) -> None:
+        """Ends whatever is left with `Draining`, closes the engine and the worker thread. Idempotent."""
+        self._draining = True
+        self._end_all()
+        if self._replan_timer is not None:
+            self._replan_timer.cancel()
+        if self._planning is not None:
+            self._planning.cancel()
+            await asyncio.wait([self._planning])
+            self._planning = None
+        await self.engine.close()
+        if self._own_executor is not None:
+            self._own_executor.shutdown(wait=False)
+
+    @property
+    def serving(self) -> bool:
+        """Whether a new request would be taken and the engine is not known to be gone."""
+        return self._started and not self._draining and not self._engine_lost
+
+    # -- requests -------------------------------------------------------------
+
+    def submit(self, spec: RequestSpec, request: EngineRequest, *, deadline_at_s: float | None = None) -> RequestStream:
+        """Queues a request; `deadline_at_s` is the instant of its hard cancel.
+
+        Raises RequestIdInUse, Draining, EngineUnavailable (not started), QueueFull, Unattainable, DeadlineExceeded;
+        then nothing of it is kept, and it counts as rejected (or timed out).
+        """
+        now_s = self.clock.now_s()
+        try:
+            if deadline_at_s is not None and deadline_at_s <= now_s:
+                raise DeadlineExceeded("the deadline passed before the request was read")
+            live = self._accept(spec, request, now_s)
+        except RequestError as refusal:
+            status = EndStatus.TIMED_OUT if isinstance(refusal, DeadlineExceeded) else EndStatus.REJECTED
+            self._counts.count(status, False if spec.slo.has_objective else None)
+            raise
+        loop = asyncio.get_running_loop()
+        if spec.queue_timeout_s is not None:
+            wait_s = max(0.0, spec.arrival_at_s + spec.queue_timeout_s - now_s)
+            live.queue_timer = loop.call_later(wait_s, self._on_queue_timeout, live)
+        if deadline_at_s is not None:
+            live.deadline_timer = loop.call_later(deadline_at_s - now_s, self._on_deadline, live)
+        self._stale.set()
+        return live.stream
+
+    def abort(self, request_id: str) -> bool:
+        """Ends a request with `Cancelled`, waiting or running; False where none of that id is here."""
+        live = self._live.get(request_id)
+        if live is None:
+            return False
+        self._end(live, EndStatus.CANCELLED, Cancelled("aborted on request"))
+        return True
+
+    def predict(self, spec: RequestSpec) -> Forecast:
+        """What would happen to this request if it were submitted now (see `scheduling.admission`)."""
+        self._report_progress()
+        now_s = self.clock.now_s()
+        return forecast(self.scheduler.snapshot(now_s), spec, self.scheduler.forecast(spec).tokens)
+
+    def load(self) -> RuntimeLoad:
+        queue = self.scheduler.statistics()
+        return RuntimeLoad(
+            waiting=queue.waiting,
+            in_flight=queue.running,
+            waiting_prompt_tokens=queue.waiting_prompt_tokens,
+            kv_usage=self.engine.load().kv_usage,
+            ended=dict(self._counts.by_status),
+            with_slo=self._counts.with_slo,
+            slo_met=self._counts.slo_met,
+            planner=self._planner.statistics(),
+            draining=self._draining,
+        )
+
+    def _accept(self, spec: RequestSpec, request: EngineRequest, now_s: float) -> _Live:
+        request_id = spec.request_id
+        if self._draining:
+            raise Draining("the server is shutting down")
+        if not self._started:
+            raise EngineUnavailable("the engine is not ready yet")
+        if request_id in self._live or request_id in self._leaving:
+            raise RequestIdInUse(f"request_id {request_id!r} belongs to a request that has not ended")
+        expected = self.predict(spec)
+        if self.options.shed and spec.sheddable:
+            unmet = unmet_objectives(spec.slo, expected)
+            if unmet:
+                raise Unattainable("; ".join(unmet), retry_after_s=self._retry_after_s())
+        try:
+            handle = self.scheduler.add(spec)
+        except QueueFull as full:
+            raise QueueFull(str(full), retry_after_s=self._retry_after_s()) from None
+        stream = RequestStream(request_id, self.clock, self.options.flush_interval_s, lambda e: self._leave(live, e))
+        live = _Live(spec, request, handle, stream, Timing(spec.arrival_at_s), expected)
+        self._live[request_id] = self._by_handle[handle] = live
+        self._empty.clear()
+        return live
+
+    def _retry_after_s(self) -> float:
+        """When a tenth of the queue is gone at the recent rate of dispatches."""
+        shortest_s, longest_s = RETRY_AFTER_RANGE_S
+        wait_s = 0.1 * self.scheduler.statistics().waiting * (self._dispatch_gap_s or 0.0)
+        return min(max(wait_s, shortest_s), longest_s)
+
+    # -- planning and dispatch ------------------------------------------------
+
+    async def _keep_planning(self) -> None:
+        while True:
+            await self._stale.wait()
+            self._stale.clear()
+            if self._replan_timer is not None:
+                self._replan_timer.cancel()
+                self._replan_timer = None
+            if not self.scheduler.statistics().waiting:
+                continue
+            try:
+                await self._plan_once()
+            except Exception:  # a defect here must not stop all planning
+                logger.exception("planning failed")
+                self._replan_after(IDLE_REPLAN_S)
+
+    async def _plan_once(self) -> None:
+        self._report_progress()
+        plan = await self._planner.plan(self.scheduler.snapshot(self.clock.now_s()))
+        now_s = self.clock.now_s()
+        dispatches = self.scheduler.apply(plan, now_s)
+        for dispatch in dispatches:
+            self._dispatch(dispatch, now_s)
+        if plan.replan_after_s is not None:
+            self._replan_after(plan.replan_after_s)
+        elif not self.scheduler.statistics().running:
+            self._replan_after(IDLE_REPLAN_S)
+
+    def _replan_after(self, delay_s: float) -> None:
+        self._replan_timer = asyncio.get_running_loop().call_later(max(0.0, delay_s), self._stale.set)
+
+    def _dispatch(self, dispatch: Dispatch, now_s: float) -> None:
+        live = self._by_handle[dispatch.handle]
+        live.rank = dispatch.rank
+        live.timing.dispatched_at_s = now_s
+        if live.queue_timer is not None:
+            live.queue_timer.cancel()
+        if self._last_dispatch_at_s is not None:
+            gap_s = now_s - self._last_dispatch_at_s
+            self._dispatch_gap_s = gap_s if self._dispatch_gap_s is None else 0.9 * self._dispatch_gap_s + 0.1 * gap_s
+        self._last_dispatch_at_s = now_s
+        try:
+            self.engine.submit(live.request, dispatch.rank)
+            self._engine_lost = False
+        except InvalidRequest as refusal:
+            self._end(live, EndStatus.REJECTED, refusal, in_engine=False)
+        except EngineError as failure:
+            self._engine_lost = isinstance(failure, EngineUnavailable)
+            self._end(live, EndStatus.FAILED, failure, in_engine=False)
+        except Exception:
+            logger.exception("the engine raised on submit of %s", live.spec.request_id)
+            self._end(live, EndStatus.FAILED, EngineError("the engine failed"), in_engine=False)
+
+    def _report_progress(self) -> None:
+        """Tells the scheduler what was generated since it last looked; one call a request, not one a token."""
+        for handle, count in self._progress.items():
+            self.scheduler.on_tokens(handle, count, self._progress_at_s)
+        self._progress.clear()
+
+    # -- events ---------------------------------------------------------------
+
+    def _on_events(self, events: Sequence[EngineEvent], at_s: float) -> None:
+        """The engine's sink."""
+        lives, progress = self._live, self._progress
+        self._progress_at_s = at_s
+        for event in events:
+            live = lives.get(event.request_id)
+            if live is None:  # aborted meanwhile
+                if event.end is not None or event.error is not None:
+                    self._leaving.discard(event.request_id)
+                continue
+            try:
+                count = len(event.token_ids)
+                if count:
+                    live.last_token_at_s = at_s
+                    timing = live.timing
+                    timing.output_tokens += count
+                    if timing.first_token_at_s is None:
+                        timing.first_token_at_s = at_s
+                        self.scheduler.on_tokens(live.handle, count, at_s)
+                    else:
+                        progress[live.handle] = progress.get(live.handle, 0) + count
+                if event.cached_tokens is not None:
+                    live.cached_tokens = event.cached_tokens
+                if event.error is not None:
+                    self._end(live, EndStatus.FAILED, event.error, in_engine=False)
+                elif event.end is FinishReason.ABORT:
+                    self._end(live, EndStatus.FAILED, EngineError("the engine ended it", "aborted"), in_engine=False)
+                else:
+                    live.stream.push(event)
+                    if event.end is not None:
+                        self._finish(live, event.end, at_s)
+            except Exception:  # the other requests of this step go on
+                logger.exception("an event of request %s could not be handled", event.request_id)
+                self._end(live, EndStatus.FAILED, RequestError("internal error"))
+        if self.policy.wants_ticks:
+            self._stale.set()
+
+    def _on_queue_timeout(self, live: _Live) -> None:
+        timeout_s = live.spec.queue_timeout_s or 0.0
+        self._end(live, EndStatus.TIMED_OUT, QueueTimeout(f"not started within {timeout_s * 1e3:g} ms"))
+
+    def _on_deadline(self, live: _Live) -> None:
+        self._end(live, EndStatus.TIMED_OUT, DeadlineExceeded("the deadline passed"))
+
+    # -- the end --------------------------------------------------------------
+
+    def _finish(self, live: _Live, reason: FinishReason, at_s: float) -> None:
+        timing = live.timing
+        timing.ended_at_s = at_s if live.last_token_at_s is None else live.last_token_at_s
+        completion = Completion(
+            request_id=live.spec.request_id,
+            finish_reason=reason,
+            prompt_tokens=live.spec.prompt_tokens,
+            cached_tokens=live.cached_tokens,
+            timing=timing,
+            slo=live.spec.slo,
+            slo_met=live.spec.slo.met_by(timing),
+            predicted=live.predicted,
+            rank=live.rank,
+            instance=self.options.instance or f"{self.engine.info.name}-0",
+        )
+        self._end(live, EndStatus.FINISHED, completion, in_engine=False)
+
+    def _leave(self, live: _Live, error: RequestError) -> None:
+        """The reader gave up."""
+        timed_out = isinstance(error, DeadlineExceeded)
+        self._end(live, EndStatus.TIMED_OUT if timed_out else EndStatus.CANCELLED, error)
+
+    def _end_all(self) -> None:
+        for live in list(self._live.values()):
+            self._end(live, EndStatus.FAILED, Draining("the server is shutting down"))
+
+    def _end(
+        self, live: _Live, status: EndStatus, outcome: Completion | RequestError, *, in_engine: bool | None = None
+    ) -> None:
+        """The one place where a request ends; what comes second is ignored.
+
+        in_engine: whether the engine still holds it; None: where it was dispatched.
+        """
+        if live.ended:
+            return
+        live.ended = True
+        request_id = live.spec.request_id
+        del self._live[request_id]
+        del self._by_handle[live.handle]
+        self._progress.pop(live.handle, None)
+        for timer in (live.queue_timer, live.deadline_timer):
+            if timer is not None:
+                timer.cancel()
+        live.stream.close(outcome)
+        self._counts.count(status, live.spec.slo.met_by(live.timing))
+        try:
+            if status is EndStatus.FINISHED:
+                self.scheduler.finish(live.handle, live.timing.output_tokens)
+            else:
+                self.scheduler.drop(live.handle)
+        except Exception:  # what is learnt of a request must not undo its end
+            logger.exception("the scheduler raised at the end of %s", request_id)
+        if in_engine is None and live.timing.dispatched_at_s is not None:
+            self._leaving.add(request_id)
+            self._abort_in_engine(request_id)
+        if not self._live:
+            self._empty.set()
+        self._stale.set()
+
+    def _abort_in_engine(self, request_id: str) -> None:
+        try:
+            self.engine.abort(request_id)
+        except Exception:
+            logger.exception("the engine raised on abort of %s", request_id)
+            self._leaving.discard(request_id)

@@ -1,0 +1,249 @@
+"""The tokens of one request on their way from the engine to one reader.
+
+The runtime pushes the events of each step and closes the stream once; the reader iterates. A push never waits: tokens
+of a slow reader stay here, at most `max_new_tokens` of them, and no other stream notices.
+
+Coalescing. With a flush interval of 0 every token is one delta, always. With a positive one the first token goes at
+once; after that a delta leaves when the last one is at least that old, with every token that has come by then.
+The end never waits. Order and content are those of the engine's events either way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from array import array
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from lmdeploy_slo.clock import Clock
+from lmdeploy_slo.core.request import FinishReason
+from lmdeploy_slo.core.slo import Slo, Timing
+from lmdeploy_slo.engine.base import EngineEvent, TokenLogprob
+from lmdeploy_slo.errors import Cancelled, RequestError
+from lmdeploy_slo.scheduling.admission import Forecast
+
+COMPACT_AT = 64
+"""Events of a slow reader that are kept as they came; where deltas may be merged anyway, more become one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """How a request that ran to its end went.
+
+    slo_met: None where it carried no objective. rank: its place in the plan that dispatched it, 0 first.
+    cached_tokens: of the prompt, found in the prefix cache; None where the engine did not say.
+    """
+
+    request_id: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+    cached_tokens: int | None
+    timing: Timing
+    slo: Slo
+    slo_met: bool | None
+    predicted: Forecast
+    rank: int
+    instance: str
+
+
+@dataclass(slots=True)
+class Delta:
+    """What is new since the last delta; `completion` is set on the last one alone.
+
+    text may lag behind the tokens while a character is incomplete. logprobs: one entry per token, or None.
+    """
+
+    token_ids: Sequence[int]
+    text: str
+    logprobs: Sequence[Sequence[TokenLogprob]] | None = None
+    completion: Completion | None = None
+
+
+class RequestStream:
+    """An async iterator of `Delta` with one reader, on the loop of the runtime that made it.
+
+    The last delta has `completion`. A request that ended otherwise raises the `RequestError` that ended it; tokens
+    not read by then are dropped. A reader that stops early calls `cancel`, or the request runs on for nobody.
+    """
+
+    __slots__ = (
+        "_cancel",
+        "_clock",
+        "_completion",
+        "_delivered",
+        "_error",
+        "_interval_s",
+        "_lagging_text",
+        "_merge",
+        "_next_at_s",
+        "_pending",
+        "_timer",
+        "_waiter",
+        "request_id",
+    )
+
+    def __init__(
+        self, request_id: str, clock: Clock, flush_interval_s: float, cancel: Callable[[RequestError], None]
+    ) -> None:
+        self.request_id = request_id
+        self._clock = clock
+        self._interval_s = flush_interval_s
+        self._merge = flush_interval_s > 0
+        self._cancel = cancel
+        self._pending: deque[EngineEvent] = deque()
+        self._lagging_text = ""  # text that came without a token; goes with the next
+        self._next_at_s = -math.inf  # the next delta leaves no earlier, unless it is the last
+        self._completion: Completion | None = None
+        self._error: RequestError | None = None
+        self._delivered = False
+        self._waiter: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    # -- the reader -----------------------------------------------------------
+
+    def __aiter__(self) -> RequestStream:
+        return self
+
+    async def __anext__(self) -> Delta:
+        while True:
+            if self._error is not None:
+                raise self._error
+            if self._completion is not None:
+                if self._delivered:
+                    raise StopAsyncIteration
+                return self._take()
+            if self._pending and (not self._merge or self._clock.now_s() >= self._next_at_s):
+                return self._take()
+            await self._wait()
+
+    async def result(self) -> Delta:
+        """Waits for the end and returns everything not yet read as one delta; raises as iteration does."""
+        self._merge, self._next_at_s = True, math.inf
+        while self._completion is None and self._error is None:
+            await self._wait()
+        if self._error is not None:
+            raise self._error
+        return self._take_all()
+
+    def cancel(self, error: RequestError | None = None) -> None:
+        """Ends the request with `error` (default `Cancelled`) where it has not ended; frees its slot at once."""
+        self._cancel(error or Cancelled("the reader went away"))
+
+    # -- the runtime ----------------------------------------------------------
+
+    def push(self, event: EngineEvent) -> None:
+        """New tokens; must not be called after `close`."""
+        count = len(event.token_ids)
+        if self._lagging_text or count != 1:
+            self._push_irregular(event, count)
+        else:
+            self._pending.append(event)
+        if self._merge and len(self._pending) > COMPACT_AT:
+            self._pending = deque((_merged(self._pending),))
+        if self._waiter is not None and self._pending:
+            self._wake_when_due()
+
+    def close(self, outcome: Completion | RequestError) -> None:
+        """The end; called once."""
+        if isinstance(outcome, Completion):
+            self._completion = outcome
+        else:
+            self._error = outcome
+            self._pending.clear()
+        self._cancel = _nothing
+        self._wake()
+
+    # -- inside ---------------------------------------------------------------
+
+    def _push_irregular(self, event: EngineEvent, count: int) -> None:
+        text, self._lagging_text = self._lagging_text + event.text, ""
+        if count == 0:
+            self._lagging_text = text
+        elif self._merge:
+            self._pending.append(EngineEvent(event.request_id, event.token_ids, text, logprobs=event.logprobs))
+        else:  # one token a delta, also where the engine reports several; their text goes with the last
+            for i, token_id in enumerate(event.token_ids):
+                logprobs = None if event.logprobs is None else event.logprobs[i : i + 1]
+                last = i == count - 1
+                self._pending.append(
+                    EngineEvent(event.request_id, (token_id,), text if last else "", logprobs=logprobs)
+                )
+
+    def _take(self) -> Delta:
+        if self._merge or not self._pending:
+            return self._take_all()
+        event = self._pending.popleft()
+        if self._completion is not None and not self._pending:
+            self._delivered = True
+            return Delta(event.token_ids, event.text + self._lagging_text, event.logprobs, self._completion)
+        return Delta(event.token_ids, event.text, event.logprobs)
+
+    def _take_all(self) -> Delta:
+        pending = self._pending
+        if self._merge:
+            self._next_at_s = self._clock.now_s() + self._interval_s
+        if not pending:
+            delta = Delta((), "")
+        else:
+            event = pending[0] if len(pending) == 1 else _merged(pending)
+            delta = Delta(event.token_ids, event.text, event.logprobs)
+            pending.clear()
+        if self._completion is not None:
+            delta.completion = self._completion
+            delta.text += self._lagging_text
+            self._delivered = True
+        return delta
+
+    async def _wait(self) -> None:
+        if self._waiter is not None:
+            raise RuntimeError(f"request {self.request_id!r}: a stream has one reader")
+        self._waiter = asyncio.get_running_loop().create_future()
+        if self._pending:
+            self._wake_when_due()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
+    def _wake_when_due(self) -> None:
+        if not self._merge:
+            self._wake()
+            return
+        if self._timer is not None or self._next_at_s == math.inf:  # inf: the reader waits for the end
+            return
+        wait_s = self._next_at_s - self._clock.now_s()
+        if wait_s <= 0:
+            self._wake()
+        else:
+            self._timer = asyncio.get_running_loop().call_later(wait_s, self._on_due)
+
+    def _on_due(self) -> None:
+        self._timer = None
+        self._next_at_s = -math.inf  # timers may fire a little early
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+def _nothing(error: RequestError) -> None:
+    """What `cancel` does after the end."""
+
+
+def _merged(events: Sequence[EngineEvent] | deque[EngineEvent]) -> EngineEvent:
+    """One event with everything of `events`, in order, in as little memory as it takes."""
+    token_ids = array("I")
+    logprobs: list[Sequence[TokenLogprob]] | None = None
+    for event in events:
+        token_ids.extend(event.token_ids)
+        if event.logprobs is not None:
+            logprobs = logprobs if logprobs is not None else []
+            logprobs.extend(event.logprobs)
+    text = "".join([event.text for event in events])
+    return EngineEvent(events[0].request_id, token_ids, text, logprobs=logprobs)

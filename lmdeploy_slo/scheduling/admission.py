@@ -1,0 +1,104 @@
+"""What would happen to a request that arrived now: a forecast of its times, and whether it could meet its SLO.
+
+A rough model, made from one snapshot and the step model alone. It assumes that the engine is kept full up to its cap,
+and that a new request goes behind all waiting requests of its tier or a higher one, whatever the policy would do.
+Policies that hold requests back, or let this one overtake, do better or worse than it says.
+
+With R requests running, A waiting ahead and B the cap, r_i the tokens still to come of each running request, o and l
+outputs and prompts, and b = min(B, R + W + 1) sequences decoding:
+
+    step   s = c0 + d1 b + d2 b (mean context of running, waiting and the new request)
+    stall  p = mean prefill stall of the waiting requests; each of them stalls the others once per slot it takes,
+               so that a step lasts s + p b / (mean o) while a queue lasts, and s without one
+    start  0 steps where R + A < B; else the smaller of two upper bounds of list scheduling,
+               (sum of r_i + sum of o ahead) / B and, for A - (B - R) = k < R, the k-th smallest r_i (from 0)
+    TTFT   start + prefill of running requests without a token + its own prefill + s
+    E2E    TTFT + (o - 1) steps
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lmdeploy_slo.core.request import RequestSpec
+from lmdeploy_slo.core.slo import Slo
+from lmdeploy_slo.core.snapshot import Rows, Snapshot
+from lmdeploy_slo.scheduling.rules import prefill_s
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What is expected of a request; durations in seconds from its arrival, each >= 0.
+
+    output_tokens: >= 1. queue_position: waiting requests that would go before it.
+    tpot_s: None for an output of one token.
+    """
+
+    output_tokens: float
+    queue_position: int
+    queue_s: float
+    ttft_s: float
+    tpot_s: float | None
+    e2e_s: float
+
+
+def forecast(snapshot: Snapshot, spec: RequestSpec, output_tokens: float) -> Forecast:
+    """The model above for a request that arrives at `snapshot.now_s` and is not in the snapshot."""
+    model, cap = snapshot.model, snapshot.limits.max_batch_size
+    running, waiting = snapshot.running, snapshot.waiting
+    ahead = waiting[waiting["tier"] >= int(spec.priority_class)]
+
+    everyone = len(running) + len(waiting) + 1
+    batch = min(cap, everyone)
+    context = _context_tokens(running) + _context_tokens(waiting) + spec.prompt_tokens + output_tokens / 2
+    decode_s = model.step_s(0, 0, batch, context * batch / everyone)
+    step_s = decode_s
+    if len(waiting):
+        step_s += float(prefill_s(waiting, model).mean()) * batch / max(1.0, float(waiting["output_tokens"].mean()))
+
+    queue_s = _start_steps(running, ahead, cap) * step_s
+    unstarted = running[running["generated_tokens"] == 0]
+    own_prefill_s = model.prefill_stall_s(spec.prompt_tokens)
+    ttft_s = queue_s + float(prefill_s(unstarted, model).sum()) + own_prefill_s + decode_s
+    e2e_s = ttft_s + (output_tokens - 1) * step_s
+    return Forecast(
+        output_tokens=output_tokens,
+        queue_position=len(ahead),
+        queue_s=queue_s,
+        ttft_s=ttft_s,
+        tpot_s=step_s if output_tokens > 1 else None,
+        e2e_s=e2e_s,
+    )
+
+
+def unmet_objectives(slo: Slo, expected: Forecast) -> list[str]:
+    """In words, every objective the forecast breaks; empty where it breaks none."""
+    pairs = (
+        ("ttft", expected.ttft_s, slo.ttft_s),
+        ("tpot", expected.tpot_s, slo.tpot_s),
+        ("e2e", expected.e2e_s, slo.e2e_s),
+    )
+    return [
+        f"{name} is expected to be {value * 1e3:.1f} ms, above the objective of {limit * 1e3:g} ms"
+        for name, value, limit in pairs
+        if limit is not None and value is not None and value > limit
+    ]
+
+
+def _context_tokens(rows: Rows) -> float:
+    """Tokens in the KV cache of each request halfway through its output, summed."""
+    return float((rows["prompt_tokens"] + rows["output_tokens"] / 2).sum())
+
+
+def _start_steps(running: Rows, ahead: Rows, cap: int) -> float:
+    """Decode steps until a request behind `ahead` gets a slot."""
+    before_it = len(ahead) - (cap - len(running))  # departures needed beyond the first
+    if before_it < 0:
+        return 0.0
+    remaining = np.maximum(running["output_tokens"] - running["generated_tokens"], 1.0)
+    start = float(remaining.sum() + ahead["output_tokens"].sum()) / cap
+    if before_it < len(running):
+        start = min(start, float(np.partition(remaining, before_it)[before_it]))
+    return start
