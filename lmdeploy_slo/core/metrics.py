@@ -3,6 +3,7 @@
 Definitions. SLO attainment: requests that met every objective they carried / offered requests that carried at least
 one; rejected, timed out and failed ones count as missed, those cancelled by their client are left out and counted.
 Goodput: met / (last arrival - first arrival). Latency statistics: over requests that ran to their end.
+Duration: first arrival to the last end of any request.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ from lmdeploy_slo.core.slo import Slo, Timing
 
 @dataclass(slots=True)
 class RequestRecord:
-    """One request as it ended."""
+    """One request as it ended.
+
+    timing.ended_at_s is when it ended, however it did; a latency may only be read from it where status is FINISHED.
+    predicted_output_tokens: what it was planned with, None where that is not known.
+    """
 
     request_id: str
     task: str
@@ -48,7 +53,7 @@ def distribution_ms(values_s: Sequence[float]) -> dict[str, float | None]:
     """Mean and percentiles in milliseconds of values in seconds; None everywhere where there are none."""
     if not values_s:
         return {"mean": None, "p50": None, "p90": None, "p99": None}
-    values_ms = np.asarray(values_s) * 1e3
+    values_ms = np.sort(np.asarray(values_s) * 1e3)  # sorted: the sum's last digit depends on the order
     p50, p90, p99 = np.percentile(values_ms, [50, 90, 99])
     return {"mean": float(values_ms.mean()), "p50": float(p50), "p90": float(p90), "p99": float(p99)}
 
@@ -74,7 +79,7 @@ def summarize(records: Sequence[RequestRecord], *, policy: str, speedup: float, 
         "met": met,
         "slo_attainment": ratio,
         **{status.value: sum(r.status is status for r in records) for status in EndStatus},
-        "goodput_rps": met / span_s if span_s > 0 else None,
+        "goodput_rps": met / span_s if with_slo and span_s > 0 else None,
         "by_task": by_task,
         "ttft_ms": distribution_ms([t.ttft_s for t in finished if t.ttft_s is not None]),
         "tpot_ms": distribution_ms([t.tpot_s for t in finished if t.tpot_s is not None]),
