@@ -192,10 +192,12 @@ def _mooncake(path: Path, numbered: list[tuple[int, str]]) -> Iterator[_RawRow]:
 
 
 def _csv_records(path: Path, header: list[str], body: list[tuple[int, str]]) -> Iterator[tuple[_Line, dict[str, str]]]:
-    for (number, _), values in zip(body, csv.reader(text for _, text in body)):
+    reader = csv.reader(text for _, text in body)
+    for values in reader:
+        line = _Line(path, body[reader.line_num - 1][0])
         if len(values) != len(header):
-            raise TraceError(f"{path}, line {number}: {len(values)} fields where the header names {len(header)}")
-        yield _Line(path, number), dict(zip(header, map(str.strip, values)))
+            raise TraceError(f"{path}, line {line.number}: {len(values)} fields where the header names {len(header)}")
+        yield line, dict(zip(header, map(str.strip, values), strict=True))
 
 
 def _tokens(line: _Line, field: str, value: object) -> int:

@@ -35,7 +35,6 @@ class OfferedRequest:
     task: str
     slo: Slo
     expected_output_tokens: int | None = None
-    hash_ids: tuple[int, ...] | None = None
 
 
 def build_workload(
@@ -73,9 +72,8 @@ def build_workload(
             task=row.task,
             slo=slo_of(slos, row.task),
             expected_output_tokens=hint,
-            hash_ids=row.hash_ids,
         )
-        for row, hint in zip(used, hints)
+        for row, hint in zip(used, hints, strict=True)
     ]
 
 
