@@ -1,0 +1,57 @@
+"""The client library: `Client` for threads, `AsyncClient` for an event loop.
+
+It knows the wire protocol and the package's exceptions, and nothing of the server: importing it is light.
+"""
+
+from __future__ import annotations
+
+from lmdeploy_slo.client.asynchronous import AsyncClient, AsyncStream
+from lmdeploy_slo.client.blocking import Client, Stream
+from lmdeploy_slo.client.errors import ClientError, ModelNotFound, RequestIdInUse, ServerUnreachable
+from lmdeploy_slo.client.request import ChatMessage, GenerateOptions, Prompt
+from lmdeploy_slo.client.results import (
+    Completion,
+    Forecast,
+    Generation,
+    Load,
+    ModelInfo,
+    Objectives,
+    Prediction,
+    ServerInfo,
+    StreamChunk,
+    Timing,
+    TokenLogprob,
+    Usage,
+)
+from lmdeploy_slo.client.retry import NO_RETRY, RetryPolicy
+from lmdeploy_slo.core.request import FinishReason, PriorityClass
+
+__all__ = [
+    "AsyncClient",
+    "AsyncStream",
+    "ChatMessage",
+    "Client",
+    "ClientError",
+    "Completion",
+    "FinishReason",
+    "Forecast",
+    "GenerateOptions",
+    "Generation",
+    "Load",
+    "ModelInfo",
+    "ModelNotFound",
+    "NO_RETRY",
+    "Objectives",
+    "Prediction",
+    "PriorityClass",
+    "Prompt",
+    "RequestIdInUse",
+    "RetryPolicy",
+    "ServerInfo",
+    "ServerUnreachable",
+    "Stream",
+    "StreamChunk",
+    "Timing",
+    "TokenLogprob",
+    "Usage",
+]
