@@ -1,0 +1,19 @@
+"""What holds for every test: no wall-clock deadlines, repeatable draws, and no configuration from outside."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import settings
+
+# `--hypothesis-profile=explore` draws new examples; a failing one prints what reproduces it.
+settings.register_profile("repeatable", deadline=None, derandomize=True, print_blob=True)
+settings.register_profile("explore", deadline=None, print_blob=True, max_examples=1000)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def _no_configuration_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in [name for name in os.environ if name.startswith("LMDEPLOY_SLO_")]:
+        monkeypatch.delenv(variable)
