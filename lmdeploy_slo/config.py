@@ -2,7 +2,7 @@
 
     [server]          host, port, drain_grace_s, default_max_new_tokens
     [engine]          kind, model, profile, max_batch_size, max_prefill_tokens, kv_tokens, max_session_tokens
-    [scheduler]       policy, seed, plan_budget_ms, max_queued_requests, queue_timeout_ms
+    [scheduler]       policy, seed, plan_budget_ms, max_queued_requests, queue_timeout_ms, shed
     [stream]          flush_interval_ms
     [tasks.NAME]      ttft_ms, tpot_ms, e2e_ms: objectives of requests that name this task and carry none
 
@@ -101,7 +101,7 @@ class SchedulerConfig(_Section):
     """How requests are ordered.
 
     plan_budget_ms: wall time of one plan. max_queued_requests, queue_timeout_ms (of requests that name none): unset is
-    no bound.
+    no bound. shed: refuse a sheddable request at once when its forecast breaks its SLO.
     """
 
     policy: str = Field(default="annealing", min_length=1)
@@ -109,12 +109,13 @@ class SchedulerConfig(_Section):
     plan_budget_ms: float = Field(default=2.0, gt=0, le=1000)
     max_queued_requests: int | None = Field(default=None, ge=1)
     queue_timeout_ms: float | None = Field(default=None, gt=0, le=MAX_DURATION_MS)
+    shed: bool = False
 
 
 class StreamConfig(_Section):
-    """flush_interval_ms: under load, tokens of a stream gather this long into one message; 0: every one at once."""
+    """flush_interval_ms: tokens of a stream that come faster than this share a message; 0: one token a message."""
 
-    flush_interval_ms: float = Field(default=20.0, ge=0, le=1000)
+    flush_interval_ms: float = Field(default=7.0, ge=0, le=1000)
 
 
 class TaskConfig(_Section):
