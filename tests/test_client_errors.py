@@ -35,8 +35,8 @@ server, connect = scripted_server.server, scripted_server.connect  # fixtures
         (grpc.StatusCode.UNAVAILABLE, "ENGINE_UNAVAILABLE", errors.EngineUnavailable),
         (grpc.StatusCode.INTERNAL, "ENGINE_ERROR", errors.EngineError),
         (grpc.StatusCode.INTERNAL, "INTERNAL", errors.RequestError),
-        (grpc.StatusCode.ALREADY_EXISTS, "REQUEST_ID_IN_USE", sdk.RequestIdInUse),
-        (grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND", sdk.ModelNotFound),
+        (grpc.StatusCode.ALREADY_EXISTS, "REQUEST_ID_IN_USE", errors.RequestIdInUse),
+        (grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND", errors.ModelNotFound),
         (grpc.StatusCode.ABORTED, "SOMETHING_NEW", sdk.ClientError),
     ],
 )
@@ -69,7 +69,7 @@ def test_violations_come_back(server: ScriptedServer, connect: Callable[..., Any
 def test_retry_info_and_engine_code_come_back(server: ScriptedServer, connect: Callable[..., Any]) -> None:
     face = connect(server.target, retry=sdk.NO_RETRY)
     full = fails(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", info("QUEUE_FULL"), retry_info(2, 500_000_000))
-    server.script = [full, fails(grpc.StatusCode.INTERNAL, "x", info("ENGINE_ERROR", code="out_of_memory"))]
+    server.script = [full, fails(grpc.StatusCode.INTERNAL, "x", info("ENGINE_ERROR", engine_code="out_of_memory"))]
     with pytest.raises(errors.QueueFull) as rejected:
         face.call("generate", "x")
     assert rejected.value.retry_after_s == 2.5

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from lmdeploy_slo.client.asynchronous import AsyncClient, AsyncStream
 from lmdeploy_slo.client.blocking import Client, Stream
-from lmdeploy_slo.client.errors import ClientError, ModelNotFound, RequestIdInUse, ServerUnreachable
+from lmdeploy_slo.client.errors import ClientError, ServerUnreachable
 from lmdeploy_slo.client.request import ChatMessage, GenerateOptions, Prompt
 from lmdeploy_slo.client.results import (
     Completion,
@@ -39,13 +39,11 @@ __all__ = [
     "Generation",
     "Load",
     "ModelInfo",
-    "ModelNotFound",
     "NO_RETRY",
     "Objectives",
     "Prediction",
     "PriorityClass",
     "Prompt",
-    "RequestIdInUse",
     "RetryPolicy",
     "ServerInfo",
     "ServerUnreachable",

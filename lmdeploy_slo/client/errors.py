@@ -7,8 +7,6 @@ reason, so that a program handles the same types on both sides of the wire. The 
     +-- RequestError ...       see lmdeploy_slo.errors
     +-- ClientError            a status without a reason this client knows; `code` is the gRPC status
         +-- ServerUnreachable  the connection was refused or lost
-        +-- RequestIdInUse     a request with this id has not ended
-        +-- ModelNotFound      the server serves another model
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from typing import Protocol, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
-from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+from google.rpc import error_details_pb2, status_pb2
 
 from lmdeploy_slo.errors import (
     Cancelled,
@@ -27,10 +25,12 @@ from lmdeploy_slo.errors import (
     EngineUnavailable,
     FieldViolation,
     InvalidRequest,
+    ModelNotFound,
     QueueFull,
     QueueTimeout,
     Rejected,
     RequestError,
+    RequestIdInUse,
     SloError,
     Unattainable,
 )
@@ -60,14 +60,6 @@ class ServerUnreachable(ClientError):
         self.not_sent = not_sent
 
 
-class RequestIdInUse(ClientError):
-    """Another request with this id is waiting or running."""
-
-
-class ModelNotFound(ClientError):
-    """The server does not serve this model."""
-
-
 _Detail = TypeVar("_Detail", bound=Message)
 
 
@@ -80,10 +72,19 @@ class _FailedCall(Protocol):
 
 
 _BY_REASON: dict[str, type[RequestError]] = {
-    cls.reason: cls for cls in (Cancelled, DeadlineExceeded, Draining, EngineUnavailable, QueueTimeout, RequestError)
+    cls.reason: cls
+    for cls in (
+        Cancelled,
+        DeadlineExceeded,
+        Draining,
+        EngineUnavailable,
+        ModelNotFound,
+        QueueTimeout,
+        RequestError,
+        RequestIdInUse,
+    )
 }
 _REJECTIONS: dict[str, type[Rejected]] = {cls.reason: cls for cls in (Rejected, QueueFull, Unattainable)}
-_OF_CLIENT: dict[str, type[ClientError]] = {"REQUEST_ID_IN_USE": RequestIdInUse, "MODEL_NOT_FOUND": ModelNotFound}
 
 
 def error_of(call: _FailedCall) -> SloError:
@@ -99,10 +100,10 @@ def error_of(call: _FailedCall) -> SloError:
     if reason in _REJECTIONS:
         return _REJECTIONS[reason](message, _retry_after_s(_unpacked(details, error_details_pb2.RetryInfo())))
     if reason == EngineError.reason:
-        return EngineError(message, info.metadata.get("code", "internal_error"))
+        return EngineError(message, info.metadata.get("engine_code", "internal_error"))
     if reason in _BY_REASON:
         return _BY_REASON[reason](message)
-    return _OF_CLIENT.get(reason, ClientError)(message, code, reason)
+    return ClientError(f"{reason}: {message}", code, reason)
 
 
 def _unnamed(code: grpc.StatusCode, message: str) -> SloError:
