@@ -309,9 +309,8 @@ class Runtime:
         self._progress_at_s = at_s
         for event in events:
             live = lives.get(event.request_id)
-            if live is None:  # aborted meanwhile
-                if event.end is not None or event.error is not None:
-                    self._leaving.discard(event.request_id)
+            if live is None:
+                self._on_stray_event(event)
                 continue
             try:
                 count = len(event.token_ids)
@@ -339,6 +338,13 @@ class Runtime:
                 self._end(live, EndStatus.FAILED, RequestError("internal error"))
         if self.policy.wants_ticks:
             self._stale.set()
+
+    def _on_stray_event(self, event: EngineEvent) -> None:
+        """An event of a request that has ended here: its last one, or a token that nobody waits for."""
+        if event.end is not None or event.error is not None:
+            self._leaving.discard(event.request_id)
+        else:  # the abort crossed with this token, or got lost; a second one does no harm
+            self._abort_in_engine(event.request_id)
 
     def _on_queue_timeout(self, live: _Live) -> None:
         timeout_s = live.spec.queue_timeout_s or 0.0

@@ -1,0 +1,101 @@
+"""From what the runtime says to messages of the protocol; durations become milliseconds here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lmdeploy_slo.core.request import FinishReason
+from lmdeploy_slo.core.slo import Slo, Timing
+from lmdeploy_slo.engine.base import TokenLogprob
+from lmdeploy_slo.runtime.stream import Completion, Delta
+from lmdeploy_slo.scheduling.admission import Forecast
+from lmdeploy_slo.v1 import inference_pb2 as pb
+
+_REASONS = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+}
+
+_Response = pb.GenerateStreamResponse
+
+
+def encode_delta(delta: Delta) -> bytes:
+    """A `GenerateStreamResponse` on the wire. Called once a message: the short way is the common one."""
+    if delta.completion is None and delta.logprobs is None:
+        return _Response(token_ids=delta.token_ids, text=delta.text).SerializeToString()
+    return _Response(
+        token_ids=delta.token_ids,
+        text=delta.text,
+        logprobs=_logprobs(delta.logprobs),
+        completion=None if delta.completion is None else to_completion(delta.completion),
+    ).SerializeToString()
+
+
+def encode_whole(delta: Delta) -> bytes:
+    """A `GenerateResponse` on the wire."""
+    assert delta.completion is not None, "the whole answer ends with its completion"
+    return pb.GenerateResponse(
+        text=delta.text,
+        token_ids=delta.token_ids,
+        logprobs=_logprobs(delta.logprobs),
+        completion=to_completion(delta.completion),
+    ).SerializeToString()
+
+
+def to_completion(completion: Completion) -> pb.Completion:
+    message = pb.Completion(
+        request_id=completion.request_id,
+        finish_reason=_REASONS.get(completion.finish_reason, pb.FINISH_REASON_UNSPECIFIED),
+        usage=pb.Usage(
+            prompt_tokens=completion.prompt_tokens,
+            cached_tokens=completion.cached_tokens,
+            output_tokens=completion.timing.output_tokens,
+        ),
+        timing=to_timing(completion.timing),
+        predicted=to_prediction(completion.predicted),
+        effective_priority=max(0, completion.rank),
+        instance=completion.instance,
+        slo=to_slo(completion.slo),
+    )
+    if completion.slo_met is not None:
+        message.slo_met = completion.slo_met
+    return message
+
+
+def to_timing(timing: Timing) -> pb.Timing:
+    return pb.Timing(
+        queue_ms=_ms(timing.queue_s),
+        ttft_ms=_ms(timing.ttft_s),
+        tpot_ms=_ms(timing.tpot_s),
+        e2e_ms=_ms(timing.e2e_s),
+    )
+
+
+def to_prediction(expected: Forecast) -> pb.Prediction:
+    return pb.Prediction(
+        output_tokens=expected.output_tokens,
+        queue_ms=_ms(expected.queue_s),
+        ttft_ms=_ms(expected.ttft_s),
+        tpot_ms=_ms(expected.tpot_s),
+        e2e_ms=_ms(expected.e2e_s),
+    )
+
+
+def to_slo(slo: Slo) -> pb.Slo | None:
+    """None where there is no objective."""
+    if not slo.has_objective:
+        return None
+    return pb.Slo(ttft_ms=_ms(slo.ttft_s), tpot_ms=_ms(slo.tpot_s), e2e_ms=_ms(slo.e2e_s))
+
+
+def _ms(duration_s: float | None) -> float | None:
+    return None if duration_s is None else duration_s * 1e3
+
+
+def _logprobs(per_token: Sequence[Sequence[TokenLogprob]] | None) -> list[pb.TokenLogprobs]:
+    return [
+        pb.TokenLogprobs(
+            candidates=[pb.TokenLogprob(token_id=c.token_id, logprob=c.logprob, text=c.text) for c in candidates]
+        )
+        for candidates in per_token or ()
+    ]

@@ -1,0 +1,80 @@
+"""The gRPC server: the service, health and reflection on one port, and an orderly end.
+
+Draining, in this order: health says NOT_SERVING, new requests are refused with UNAVAILABLE (DRAINING), those here run
+to their end, those still here after the grace get UNAVAILABLE, and the port closes when the last byte is out.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from lmdeploy_slo.errors import ConfigError
+from lmdeploy_slo.gateway.options import GatewayOptions
+from lmdeploy_slo.gateway.service import SERVICE_NAME, InferenceService
+from lmdeploy_slo.runtime.runtime import Runtime
+
+logger = logging.getLogger(__name__)
+
+FLUSH_S = 1.0
+"""After a drain so much longer for clients that have not read their last messages."""
+
+
+class Gateway:
+    """Serves a started runtime; it does not own it. All methods on the runtime's loop."""
+
+    def __init__(self, runtime: Runtime, options: GatewayOptions | None = None) -> None:
+        self._runtime = runtime
+        self._options = options or GatewayOptions()
+        self._health = health.aio.HealthServicer()
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self, host: str, port: int) -> int:
+        """Takes requests when it returns; `port` 0 takes a free one. Returns the port.
+
+        Raises ConfigError where the address cannot be bound.
+        """
+        size = self._options.max_message_bytes
+        server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", size),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a lottery
+            ]
+        )
+        server.add_generic_rpc_handlers((InferenceService(self._runtime, self._options).handlers(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        try:
+            bound = server.add_insecure_port(address)
+        except RuntimeError as failure:
+            raise ConfigError(f"cannot listen on {address}: {failure}") from failure
+        if not bound:
+            raise ConfigError(f"cannot listen on {address}")
+        await server.start()
+        self._server = server
+        await self._tell_health(serving=True)
+        return int(bound)
+
+    async def drain(self, grace_s: float) -> None:
+        """See the module; returns when the port is closed."""
+        began_at_s = self._runtime.clock.now_s()
+        await self._tell_health(serving=False)
+        await self._runtime.drain(grace_s)
+        left_s = grace_s - (self._runtime.clock.now_s() - began_at_s)
+        await self.close(max(left_s, FLUSH_S))
+
+    async def close(self, grace_s: float = 0.0) -> None:
+        """Takes no more calls, waits up to `grace_s` seconds for those here, cancels the rest. Idempotent."""
+        if self._server is not None:
+            server, self._server = self._server, None
+            await server.stop(grace_s)
+
+    async def _tell_health(self, *, serving: bool) -> None:
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for service in ("", SERVICE_NAME):
+            await self._health.set(service, status)

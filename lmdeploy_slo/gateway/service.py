@@ -1,0 +1,240 @@
+"""The RPCs. Each reads its bytes, asks the runtime, and tells the client of everything that went wrong.
+
+Messages are parsed and serialised here rather than by gRPC: a request that is no message is the client's fault, not a
+defect, and a token is on the wire with the least work between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+from grpc_status import rpc_status
+
+from lmdeploy_slo.core.request import EndStatus
+from lmdeploy_slo.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    Draining,
+    EngineUnavailable,
+    FieldViolation,
+    InvalidRequest,
+    RequestError,
+)
+from lmdeploy_slo.gateway import encoding, metadata
+from lmdeploy_slo.gateway.metadata import Aliases, read_aliases
+from lmdeploy_slo.gateway.options import GatewayOptions
+from lmdeploy_slo.gateway.status import internal_error, to_status
+from lmdeploy_slo.gateway.validation import accept
+from lmdeploy_slo.runtime.runtime import Runtime
+from lmdeploy_slo.runtime.stream import RequestStream
+from lmdeploy_slo.scheduling.admission import unmet_objectives
+from lmdeploy_slo.v1 import inference_pb2 as pb
+
+logger = logging.getLogger(__name__)
+
+SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
+
+_M = TypeVar("_M", bound=Message)
+_Context = grpc.aio.ServicerContext[Any, Any]
+_Rpc = Callable[[bytes, _Context], Awaitable[bytes | None]]
+
+
+class InferenceService:
+    """The service on a started runtime."""
+
+    def __init__(self, runtime: Runtime, options: GatewayOptions) -> None:
+        self._runtime = runtime
+        self._options = options
+        self._clock = runtime.clock
+        self._ready_at_s = runtime.clock.now_s()
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """What a server registers."""
+        unary: dict[str, _Rpc] = {
+            "Generate": self.generate,
+            "Predict": self.predict,
+            "Abort": self.abort,
+            "GetModelInfo": self.get_model_info,
+            "GetServerInfo": self.get_server_info,
+            "GetLoad": self.get_load,
+        }
+        methods: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
+            name: grpc.unary_unary_rpc_method_handler(_guarded(rpc)) for name, rpc in unary.items()
+        }
+        methods["GenerateStream"] = grpc.unary_stream_rpc_method_handler(_guarded(self.generate_stream))
+        return grpc.method_handlers_generic_handler(SERVICE_NAME, methods)
+
+    # -- generation -----------------------------------------------------------
+
+    async def generate(self, data: bytes, context: _Context) -> bytes:
+        stream = await self._submit(data, context)
+        try:
+            return encoding.encode_whole(await stream.result())
+        finally:
+            stream.cancel(_why_gone(context))
+
+    async def generate_stream(self, data: bytes, context: _Context) -> None:
+        stream = await self._submit(data, context)
+        write, encode = context.write, encoding.encode_delta
+        try:
+            async for delta in stream:
+                await write(encode(delta))
+        except grpc.aio.BaseError:  # the message could not be sent: the client went away a moment ago
+            logger.debug("request %s: its client is gone", stream.request_id)
+        finally:
+            stream.cancel(_why_gone(context))
+
+    async def _submit(self, data: bytes, context: _Context) -> RequestStream:
+        arrival_at_s = self._clock.now_s()
+        remaining_s = _remaining_s(context)
+        aliases = read_aliases(context.invocation_metadata())
+        passed_on = _passed_on(aliases)
+        if passed_on:
+            context.set_trailing_metadata(passed_on)
+        accepted = await accept(
+            _parse(pb.GenerateRequest, data), aliases, self._runtime.engine, self._options, arrival_at_s=arrival_at_s
+        )
+        deadline_at_s = None if remaining_s is None else arrival_at_s + remaining_s
+        return self._runtime.submit(accepted.spec, accepted.engine_request, deadline_at_s=deadline_at_s)
+
+    async def predict(self, data: bytes, context: _Context) -> bytes:
+        request = _parse(pb.PredictRequest, data)
+        if not request.HasField("request"):
+            raise InvalidRequest([FieldViolation("request", "must be set")])
+        if not self._runtime.serving:
+            raise (
+                Draining("the server takes no requests")
+                if self._runtime.load().draining
+                else EngineUnavailable("the engine is not running")
+            )
+        request.request.ClearField("emulation")
+        accepted = await accept(
+            request.request,
+            read_aliases(context.invocation_metadata()),
+            self._runtime.engine,
+            self._options,
+            arrival_at_s=self._clock.now_s(),
+            prefix="request.",
+        )
+        slo = accepted.spec.slo
+        expected = self._runtime.predict(accepted.spec)
+        unmet = unmet_objectives(slo, expected)
+        bound = self._options.max_queued_requests
+        if bound is not None and slo.has_objective and self._runtime.load().waiting >= bound:
+            unmet.insert(0, f"the queue is full: {bound} requests are waiting")
+        response = pb.PredictResponse(
+            predicted=encoding.to_prediction(expected),
+            queue_position=expected.queue_position,
+            reason="; ".join(unmet),
+            slo=encoding.to_slo(slo),
+        )
+        if slo.has_objective:
+            response.would_meet_slo = not unmet
+        return response.SerializeToString()
+
+    async def abort(self, data: bytes, context: _Context) -> bytes:
+        request = _parse(pb.AbortRequest, data)
+        if not 1 <= len(request.request_id) <= 128:
+            raise InvalidRequest([FieldViolation("request_id", "must be 1 to 128 characters")])
+        return pb.AbortResponse(aborted=self._runtime.abort(request.request_id)).SerializeToString()
+
+    # -- questions ------------------------------------------------------------
+
+    async def get_model_info(self, data: bytes, context: _Context) -> bytes:
+        _parse(pb.GetModelInfoRequest, data)
+        info = self._runtime.engine.info
+        return pb.GetModelInfoResponse(
+            model=info.model,
+            engine=info.name,
+            synthetic=info.synthetic,
+            max_session_tokens=info.max_session_tokens,
+            vocab_size=info.vocab_size,
+            max_batch_size=info.limits.max_batch_size,
+            max_prefill_tokens=info.limits.max_prefill_tokens,
+            kv_tokens=info.limits.kv_tokens,
+        ).SerializeToString()
+
+    async def get_server_info(self, data: bytes, context: _Context) -> bytes:
+        _parse(pb.GetServerInfoRequest, data)
+        options = self._options
+        return pb.GetServerInfoResponse(
+            version=options.version,
+            policy=self._runtime.policy.name,
+            versions=dict(options.versions),
+            task_slos={task: encoding.to_slo(slo) or pb.Slo() for task, slo in options.task_slos.items()},
+            uptime_s=self._clock.now_s() - self._ready_at_s,
+            max_queued_requests=options.max_queued_requests,
+        ).SerializeToString()
+
+    async def get_load(self, data: bytes, context: _Context) -> bytes:
+        _parse(pb.GetLoadRequest, data)
+        load = self._runtime.load()
+        last_s, mean_s = load.planner.last_plan_s, load.planner.mean_plan_s
+        return pb.GetLoadResponse(
+            waiting=load.waiting,
+            in_flight=load.in_flight,
+            waiting_prompt_tokens=load.waiting_prompt_tokens,
+            kv_usage=load.kv_usage,
+            finished=load.ended[EndStatus.FINISHED],
+            rejected=load.ended[EndStatus.REJECTED],
+            timed_out=load.ended[EndStatus.TIMED_OUT],
+            failed=load.ended[EndStatus.FAILED],
+            cancelled=load.ended[EndStatus.CANCELLED],
+            with_slo=load.with_slo,
+            slo_met=load.slo_met,
+            plans=load.planner.plans,
+            last_plan_ms=None if last_s is None else last_s * 1e3,
+            mean_plan_ms=None if mean_s is None else mean_s * 1e3,
+            draining=load.draining,
+        ).SerializeToString()
+
+
+def _parse(kind: type[_M], data: bytes) -> _M:
+    try:
+        return kind.FromString(data)
+    except DecodeError:
+        raise InvalidRequest([FieldViolation("request", f"is not a {kind.DESCRIPTOR.full_name}")]) from None
+
+
+def _why_gone(context: _Context) -> RequestError:
+    """What to end a request with whose call is over; of no effect where the request has ended."""
+    if _remaining_s(context) == 0:
+        return DeadlineExceeded("the deadline passed")
+    return Cancelled("the client went away")
+
+
+def _remaining_s(context: _Context) -> float | None:
+    """Until the caller's deadline, 0 after it; None where it set none."""
+    return context.time_remaining()
+
+
+def _passed_on(aliases: Aliases) -> tuple[tuple[str, str], ...]:
+    """The caller's request and trace ids, which go back to it with the status, whatever that will be."""
+    values = ((name, aliases.get(name)) for name in (metadata.REQUEST_ID, metadata.TRACEPARENT))
+    return tuple((name, value) for name, value in values if value is not None)
+
+
+def _guarded(rpc: _Rpc) -> _Rpc:
+    """Tells the client of expected errors by their status, of all others nothing but that there was one."""
+
+    async def guarded(data: bytes, context: _Context) -> bytes | None:
+        try:
+            return await rpc(data, context)
+        except asyncio.CancelledError:
+            raise
+        except RequestError as error:
+            expected = error
+            logger.debug("%s: %s", error.reason, error)
+        except Exception:
+            logger.exception("an RPC failed unexpectedly")
+            expected = internal_error()
+        status = rpc_status.to_status(to_status(expected))
+        passed_on = _passed_on(read_aliases(context.invocation_metadata()))
+        return await context.abort(status.code, status.details, (*passed_on, *status.trailing_metadata))
+
+    return guarded
