@@ -84,7 +84,7 @@ def _request_line(record: RequestRecord) -> list[str]:
         _milliseconds(timing.arrival_at_s),
         record.task,
         str(record.prompt_tokens),
-        str(timing.output_tokens) if timing.first_token_at_s is not None else "",
+        str(timing.output_tokens) if timing.output_tokens else "",  # not counted where the request did not finish
         "" if record.predicted_output_tokens is None else f"{record.predicted_output_tokens:.3f}",
         _milliseconds(timing.dispatched_at_s),
         _milliseconds(timing.ttft_s),
