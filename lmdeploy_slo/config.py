@@ -1,6 +1,6 @@
 """The configuration of a server: a TOML file, then the environment, then command-line flags; read once.
 
-    [server]          host, port, drain_grace_s, default_max_new_tokens
+    [server]          host, port, drain_grace_s, default_max_new_tokens, max_message_bytes
     [engine]          kind, model, profile, max_batch_size, max_prefill_tokens, kv_tokens, max_session_tokens
     [scheduler]       policy, seed, plan_budget_ms, max_queued_requests, queue_timeout_ms, shed
     [stream]          flush_interval_ms
@@ -71,6 +71,7 @@ class ServerConfig(_Section):
     port: int = Field(default=50051, ge=0, le=65535)
     drain_grace_s: float = Field(default=30.0, ge=0)  # how long SIGTERM waits for requests that have not ended
     default_max_new_tokens: int = Field(default=512, ge=1)  # of requests that name none
+    max_message_bytes: int = Field(default=16 * 1024 * 1024, ge=4096)  # longest request taken
 
 
 class EngineConfig(_Section):

@@ -1,0 +1,173 @@
+"""The one place that wires everything: configuration -> engine, policy, scheduler, runtime, gateway.
+
+`run` is the `serve` command; `serving` is the same server inside a program that has an event loop of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import logging
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from lmdeploy_slo import __version__
+from lmdeploy_slo.clock import Clock, MonotonicClock
+from lmdeploy_slo.config import Config, EngineKind
+from lmdeploy_slo.engine.base import Engine
+from lmdeploy_slo.engine.emulated import EmulatedEngine
+from lmdeploy_slo.errors import ConfigError, MissingExtra
+from lmdeploy_slo.gateway.options import GatewayOptions
+from lmdeploy_slo.gateway.server import Gateway
+from lmdeploy_slo.prediction.length import TaskLengthPredictor
+from lmdeploy_slo.prediction.profiles import load_profile
+from lmdeploy_slo.runtime.runtime import Runtime, RuntimeOptions
+from lmdeploy_slo.scheduling.policy import SearchBudget, make_policy, policy_names
+from lmdeploy_slo.scheduling.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+_REPORTED = ("grpcio", "protobuf", "numpy", "numba", "lmdeploy", "torch")
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server that takes requests at `address` (host:port)."""
+
+    config: Config
+    runtime: Runtime
+    gateway: Gateway
+    address: str
+
+    def __str__(self) -> str:
+        engine, info = self.config.engine, self.runtime.engine.info
+        serves = f"{info.name} engine, tokens are synthetic" if info.synthetic else f"{info.model} on {info.name}"
+        return f"{self.address} ({serves}; profile {engine.profile}; policy {self.runtime.policy.name})"
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError for names that only the modules behind them know: the profile's and the policy's."""
+    load_profile(config.engine.profile)
+    policy, known = config.scheduler.policy, policy_names()
+    if policy not in known:
+        raise ConfigError(f"policy: {policy!r} is unknown; choose one of {', '.join(known)}")
+
+
+def build_engine(config: Config, clock: Clock) -> Engine:
+    """The engine of the configuration, not started. Raises MissingExtra where LMDeploy is asked for and missing."""
+    if config.engine.effective_kind is EngineKind.LMDEPLOY:
+        if importlib.util.find_spec("lmdeploy") is None:
+            raise MissingExtra(f"serving {config.engine.model} with LMDeploy", "turbomind")
+        raise ConfigError(
+            "this version of lmdeploy_slo cannot drive LMDeploy yet; without MODEL it serves synthetic tokens"
+        )
+    profile = load_profile(config.engine.profile)
+    return EmulatedEngine(
+        profile.step_model,
+        config.engine.limits,
+        clock,
+        seed=config.scheduler.seed,
+        max_session_tokens=config.engine.max_session_tokens,
+        profile=profile.name,
+    )
+
+
+def build_runtime(config: Config, engine: Engine, clock: Clock) -> Runtime:
+    """Scheduler and policy on an engine, not started."""
+    options = config.scheduler
+    policy = make_policy(options.policy, seed=options.seed, budget=SearchBudget(time_s=options.plan_budget_ms / 1e3))
+    scheduler = Scheduler(
+        limits=engine.info.limits,
+        model=load_profile(config.engine.profile).step_model,
+        lengths=TaskLengthPredictor(),
+        max_queued_requests=options.max_queued_requests,
+    )
+    runtime_options = RuntimeOptions(flush_interval_s=config.stream.flush_interval_ms / 1e3, shed=options.shed)
+    return Runtime(engine, scheduler, policy, clock, runtime_options)
+
+
+def gateway_options(config: Config) -> GatewayOptions:
+    """What the gateway is told."""
+    timeout_ms = config.scheduler.queue_timeout_ms
+    return GatewayOptions(
+        default_max_new_tokens=config.server.default_max_new_tokens,
+        default_queue_timeout_s=None if timeout_ms is None else timeout_ms / 1e3,
+        task_slos={name: task.slo for name, task in config.tasks.items()},
+        max_queued_requests=config.scheduler.max_queued_requests,
+        max_message_bytes=config.server.max_message_bytes,
+        version=__version__,
+        versions=_versions(),
+    )
+
+
+@asynccontextmanager
+async def serving(config: Config, clock: Clock | None = None) -> AsyncIterator[Server]:
+    """A server that takes requests inside the block: engine started, policy compiled, port bound.
+
+    On leaving, requests that have not ended get UNAVAILABLE at once; `Server.gateway.drain` before that lets them
+    end. Raises ConfigError, and EngineUnavailable where the engine does not start.
+    """
+    clock = clock or MonotonicClock()
+    runtime = build_runtime(config, build_engine(config, clock), clock)
+    gateway = Gateway(runtime, gateway_options(config))
+    try:
+        await runtime.start()
+        port = await gateway.start(config.server.host, config.server.port)
+        host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
+        yield Server(config, runtime, gateway, f"{host}:{port}")
+    finally:
+        await gateway.close()
+        await runtime.close()
+
+
+async def serve(config: Config, announce: Callable[[str], None]) -> None:
+    """Serves until SIGTERM or SIGINT, then lets requests end for `drain_grace_s`; a second signal ends them at once.
+
+    `announce` is called with one line when requests are taken. A signal before that is acted upon then.
+    """
+    loop = asyncio.get_running_loop()
+    asked = asyncio.Event()
+    insisted = asyncio.Event()
+
+    def on_signal() -> None:
+        (insisted if asked.is_set() else asked).set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    async with serving(config) as server:
+        announce(f"lmdeploy_slo: serving on {server}")
+        await asked.wait()
+        logger.info("shutting down: requests may end for %g s", config.server.drain_grace_s)
+        draining = loop.create_task(server.gateway.drain(config.server.drain_grace_s))
+        insisting = loop.create_task(insisted.wait())
+        await asyncio.wait((draining, insisting), return_when=asyncio.FIRST_COMPLETED)
+        if not draining.done():
+            logger.info("second signal: ending the requests that are left")
+            await server.runtime.drain(0)
+        insisting.cancel()
+        await draining
+
+
+def run(config: Config, announce: Callable[[str], None]) -> None:
+    """`serve` on an event loop of its own (uvloop where there is one), with logs on stderr."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    if sys.platform == "win32":
+        asyncio.run(serve(config, announce))
+    else:
+        import uvloop
+
+        uvloop.run(serve(config, announce))
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for package in _REPORTED:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

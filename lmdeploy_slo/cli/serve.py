@@ -1,0 +1,98 @@
+"""`lmdeploy_slo serve`: flags over the environment over a file; then `app` does the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from lmdeploy_slo.config import Config, load
+
+_DEFAULTS = Config()
+
+
+def _option(key: str, text: str, **extra: Any) -> Any:
+    """A flag for `section.key` of the configuration; unset unless it is given, so that the other sources count."""
+    section, _, name = key.partition(".")
+    default = getattr(getattr(_DEFAULTS, section), name)
+    return typer.Option(None, help=text, show_default="none" if default is None else str(default), **extra)
+
+
+def serve(
+    model: str | None = typer.Argument(
+        None,
+        help="Model for LMDeploy: a directory or a Hugging Face id. Without one the emulated engine answers, "
+        "with synthetic tokens.",
+        show_default=False,
+    ),
+    engine: str | None = typer.Option(
+        None, help="emulated or lmdeploy.", show_default="lmdeploy with a MODEL, emulated without"
+    ),
+    profile: str | None = _option(
+        "engine.profile", "Step-model profile, by name or file: how fast the engine is, or is first believed to be."
+    ),
+    policy: str | None = _option("scheduler.policy", "Who goes first, and how many at a time."),
+    max_batch_size: int | None = _option("engine.max_batch_size", "Requests in flight, at most."),
+    max_prefill_tokens: int | None = _option("engine.max_prefill_tokens", "Prompt tokens per forward pass, at most."),
+    kv_tokens: int | None = _option("engine.kv_tokens", "KV cache of the engine, tokens."),
+    max_session_tokens: int | None = _option("engine.max_session_tokens", "Prompt and output of a request, at most."),
+    max_queued_requests: int | None = _option("scheduler.max_queued_requests", "Waiting requests, at most."),
+    queue_timeout_ms: float | None = _option(
+        "scheduler.queue_timeout_ms", "Longest wait before dispatch of requests that name none."
+    ),
+    shed: bool | None = typer.Option(
+        None,
+        "--shed/--no-shed",
+        help="Refuse sheddable requests whose SLO cannot be met.",
+        show_default="no-shed",
+    ),
+    plan_budget_ms: float | None = _option("scheduler.plan_budget_ms", "Wall time of one plan."),
+    seed: int | None = _option("scheduler.seed", "Of the annealing, and of lengths the emulated engine makes up."),
+    flush_interval_ms: float | None = _option(
+        "stream.flush_interval_ms", "Tokens of a stream that come faster share a message; 0: one token a message."
+    ),
+    default_max_new_tokens: int | None = _option(
+        "server.default_max_new_tokens", "Output limit of requests that name none."
+    ),
+    host: str | None = _option("server.host", "Address to listen on."),
+    port: int | None = _option("server.port", "Port to listen on; 0: a free one."),
+    drain_grace_s: float | None = _option("server.drain_grace_s", "How long a shutdown waits for running requests."),
+    config: Path | None = typer.Option(
+        None, help="TOML file; environment variables and flags overrule it.", show_default=False
+    ),
+    print_config: bool = typer.Option(False, "--print-config", help="Print the effective configuration and exit."),
+) -> None:
+    """Serve MODEL with LMDeploy, or the emulated engine, over gRPC.
+
+    One line on stdout tells the address when requests are taken. SIGTERM and SIGINT let requests end, then exit.
+    """
+    flags = {
+        "engine.model": model,
+        "engine.kind": engine,
+        "engine.profile": profile,
+        "engine.max_batch_size": max_batch_size,
+        "engine.max_prefill_tokens": max_prefill_tokens,
+        "engine.kv_tokens": kv_tokens,
+        "engine.max_session_tokens": max_session_tokens,
+        "scheduler.policy": policy,
+        "scheduler.max_queued_requests": max_queued_requests,
+        "scheduler.queue_timeout_ms": queue_timeout_ms,
+        "scheduler.shed": shed,
+        "scheduler.plan_budget_ms": plan_budget_ms,
+        "scheduler.seed": seed,
+        "stream.flush_interval_ms": flush_interval_ms,
+        "server.default_max_new_tokens": default_max_new_tokens,
+        "server.host": host,
+        "server.port": port,
+        "server.drain_grace_s": drain_grace_s,
+    }
+    effective = load(config, flags=flags)
+
+    from lmdeploy_slo import app  # grpc, numba and the engines: only now
+
+    app.check(effective)
+    if print_config:
+        typer.echo(effective.to_toml(), nl=False)
+    else:
+        app.run(effective, announce=typer.echo)
