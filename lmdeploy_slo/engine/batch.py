@@ -229,8 +229,7 @@ class PersistentBatch:
     def _compact_queue(self) -> None:
         """Entries that were cancelled or reranked must not pile up behind a head that does not fit."""
         if len(self._queue) > 2 * self._queued + _STALE_ENTRIES:
-            # Equal entries (a rank that changed and changed back) collapse: one sequence has one live entry.
-            self._queue = sorted({entry[1]: entry for entry in self._queue if _waits(entry)}.values())
+            self._queue = sorted(entry for entry in self._queue if _waits(entry))
 
     def _head_fits(self) -> bool:
         head = self._peek()
