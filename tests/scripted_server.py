@@ -41,7 +41,7 @@ class ScriptedServer(inference_pb2_grpc.InferenceServiceServicer):
         self.requests: list[Any] = []
         self.metadata: list[dict[str, Any]] = []
         self._server = grpc.server(ThreadPoolExecutor(8))
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(self, self._server)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]
         self.target = f"localhost:{self._server.add_insecure_port('localhost:0')}"
         self._server.start()
 
