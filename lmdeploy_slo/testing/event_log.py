@@ -14,8 +14,8 @@ from lmdeploy_slo.errors import EngineError
 class EventLog:
     """Pass `log.sink` to `Engine.start`. What breaks the protocol is listed in `violations` as it happens."""
 
-    def __init__(self, patience_s: float = 60.0) -> None:
-        """patience_s: how long a wait may take before it raises TimeoutError, seconds."""
+    def __init__(self, patience_s: float | None = 60.0) -> None:
+        """patience_s: how long a wait may take before it raises TimeoutError, seconds; None: no bound."""
         self.calls: list[tuple[float, list[EngineEvent]]] = []
         self.violations: list[str] = []
         self._patience_s = patience_s

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import selectors
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
 from lmdeploy_slo.clock import VirtualClock
 
@@ -47,9 +47,11 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         return self.clock.now_s()
 
 
-def run_virtual(main: Callable[[VirtualClock], Awaitable[T]]) -> T:
+def run_virtual(
+    main: Callable[[VirtualClock], Coroutine[Any, Any, T]], loop_type: type[VirtualTimeLoop] = VirtualTimeLoop
+) -> T:
     """Runs `main(clock)` to its end in virtual time and closes the loop; RuntimeError where it waits for nothing."""
-    loop = VirtualTimeLoop()
+    loop = loop_type()
     try:
         asyncio.set_event_loop(loop)
         return loop.run_until_complete(main(loop.clock))
