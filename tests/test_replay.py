@@ -1,84 +1,33 @@
-"""The replayer against scripted servers over real gRPC, the command around it, and the gateway itself."""
+"""The replayer against a scripted server over real gRPC, and against the gateway itself."""
 
 from __future__ import annotations
 
 import asyncio
-import csv
 import json
-import signal
-import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import grpc
-import grpc.aio
 import pytest
+from task_server import TaskServer, served
 
-from lmdeploy_slo.cli.replay import find_traces, remarks
+from lmdeploy_slo.app import serving
+from lmdeploy_slo.cli.replay import remarks
 from lmdeploy_slo.clock import MonotonicClock
+from lmdeploy_slo.config import Config
+from lmdeploy_slo.core.metrics import summarize
 from lmdeploy_slo.core.request import EndStatus
 from lmdeploy_slo.core.slo import NO_SLO, Slo
 from lmdeploy_slo.errors import SloError
+from lmdeploy_slo.offline.generated import generate_workload
 from lmdeploy_slo.offline.replay import Replayed, replay, request_bytes
-from lmdeploy_slo.offline.workload import OfferedRequest
+from lmdeploy_slo.offline.slo_grammar import parse_slo_options
+from lmdeploy_slo.offline.workload import OfferedRequest, build_workload
 from lmdeploy_slo.v1 import inference_pb2 as pb
-from lmdeploy_slo.v1 import inference_pb2_grpc
 
 
 def offered(index: int, task: str, due_s: float = 0.0, slo: Slo = NO_SLO) -> OfferedRequest:
     return OfferedRequest(index, due_s, 5, 3, 900, task, slo)
-
-
-class ScriptedServer(inference_pb2_grpc.InferenceServiceServicer):
-    """Does with a request what its task is called."""
-
-    def __init__(self) -> None:
-        self.seen: list[pb.GenerateRequest] = []
-        self.hanging = asyncio.Event()
-        self.let_go = asyncio.Event()
-
-    async def GetServerInfo(self, request: Any, context: Any) -> pb.GetServerInfoResponse:
-        return pb.GetServerInfoResponse(policy="scripted")
-
-    async def GetModelInfo(self, request: Any, context: Any) -> pb.GetModelInfoResponse:
-        return pb.GetModelInfoResponse(model="m", engine="emulated", synthetic=True, vocab_size=300)
-
-    async def GenerateStream(
-        self, request: pb.GenerateRequest, context: Any
-    ) -> AsyncIterator[pb.GenerateStreamResponse]:
-        self.seen.append(request)
-        task = request.task_type
-        if task in grpc.StatusCode.__members__:
-            await context.abort(grpc.StatusCode[task], "as scripted")
-        if task == "empty":
-            return
-        yield pb.GenerateStreamResponse(token_ids=[1, 2])
-        if task == "hang":
-            self.hanging.set()
-            try:
-                await asyncio.Event().wait()
-            finally:
-                self.let_go.set()
-        completion = pb.Completion(usage=pb.Usage(output_tokens=request.emulation.output_tokens))
-        if task == "told":
-            completion.timing.queue_ms = 40.0
-            completion.predicted.output_tokens = 7.5
-        yield pb.GenerateStreamResponse(token_ids=[3], completion=completion)
-
-
-@asynccontextmanager
-async def served(servicer: inference_pb2_grpc.InferenceServiceServicer) -> AsyncIterator[str]:
-    server = grpc.aio.server()
-    inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    try:
-        yield f"127.0.0.1:{port}"
-    finally:
-        await server.stop(0)
 
 
 def by_index(replayed: Replayed) -> list[Any]:
@@ -120,7 +69,7 @@ def test_the_true_length_is_nowhere_on_the_wire_for_an_engine_that_is_not_emulat
 
 
 async def test_a_finished_request_is_timed_at_the_client_and_told_by_the_server() -> None:
-    server = ScriptedServer()
+    server = TaskServer()
     async with served(server) as target:
         replayed = await replay(target, [offered(0, "told", 0.005, Slo(e2e_s=60.0))], clock=MonotonicClock())
     (record,) = replayed.records
@@ -150,7 +99,7 @@ async def test_every_status_becomes_an_end() -> None:
         "fine": EndStatus.FINISHED,
     }
     slo = Slo(e2e_s=60.0)
-    async with served(ScriptedServer()) as target:
+    async with served(TaskServer()) as target:
         requests = [offered(index, task, slo=slo) for index, task in enumerate(expected)]
         replayed = await replay(target, requests, clock=MonotonicClock())
     records = by_index(replayed)
@@ -164,7 +113,7 @@ async def test_every_status_becomes_an_end() -> None:
 
 
 async def test_a_hard_limit_ends_a_request_on_both_sides() -> None:
-    server = ScriptedServer()
+    server = TaskServer()
     async with served(server) as target:
         replayed = await replay(target, [offered(0, "hang")], clock=MonotonicClock(), timeout_s=0.05)
         (record,) = replayed.records
@@ -173,7 +122,7 @@ async def test_a_hard_limit_ends_a_request_on_both_sides() -> None:
 
 
 async def test_stopping_cancels_what_is_open_and_keeps_what_ended() -> None:
-    server = ScriptedServer()
+    server = TaskServer()
     requests = [offered(0, "fine"), offered(1, "hang"), offered(2, "fine", due_s=3600.0)]
     stop = asyncio.Event()
     finished = asyncio.Event()
@@ -198,7 +147,7 @@ async def test_stopping_cancels_what_is_open_and_keeps_what_ended() -> None:
 
 
 async def test_cancelling_the_replay_leaves_nothing_open() -> None:
-    server = ScriptedServer()
+    server = TaskServer()
     async with served(server) as target:
         before = asyncio.all_tasks()
         running = asyncio.ensure_future(replay(target, [offered(0, "hang")], clock=MonotonicClock()))
@@ -228,7 +177,7 @@ async def test_a_late_replayer_does_not_make_the_server_look_better() -> None:
     def fall_behind(sent: int, ended: int) -> None:
         clock.ahead_s = 100.0
 
-    async with served(ScriptedServer()) as target:
+    async with served(TaskServer()) as target:
         requests = [offered(0, "told"), offered(1, "told", due_s=0.001)]
         replayed = await replay(target, requests, clock=clock, on_progress=fall_behind)
     second = by_index(replayed)[1].timing
@@ -242,80 +191,44 @@ async def test_a_late_replayer_does_not_make_the_server_look_better() -> None:
 
 
 async def test_a_server_that_is_not_there_is_named() -> None:
-    async with served(ScriptedServer()) as target:
+    async with served(TaskServer()) as target:
         pass
     with pytest.raises(SloError, match=f"--target {target}: "):
         await replay(target, [offered(0, "fine")], clock=MonotonicClock())
 
 
-# -- the command ----------------------------------------------------------------------------------------------------
-
-TRACE = "arrival_s,input_tokens,output_tokens,task_class\n0,100,3,told\n0.01,200,4,RESOURCE_EXHAUSTED\n"
+# -- the gateway ----------------------------------------------------------------------------------------------------
 
 
-async def run_command(*arguments: str, interrupt_on: asyncio.Event | None = None) -> tuple[int, str, str]:
-    """(status, stdout, stderr) of `lmdeploy_slo` in a process of its own."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "lmdeploy_slo", *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
-    )
-    if interrupt_on is not None:
-        await interrupt_on.wait()
-        process.send_signal(signal.SIGINT)
-    stdout, stderr = await process.communicate()
-    assert process.returncode is not None
-    return process.returncode, stdout.decode(), stderr.decode()
-
-
-async def test_the_command_writes_both_files_and_prints_the_table(tmp_path: Path) -> None:
-    (tmp_path / "trace.csv").write_text(TRACE)
-    server = ScriptedServer()
-    async with served(server) as target:
-        status, stdout, stderr = await run_command(
-            *("replay", "trace.csv", "--traces", str(tmp_path), "--target", target, "--speedup", "2"),
-            *("--slo", "default=e2e:60000", "--length-noise", "0", "--seed", "5"),
-            *("--json", str(tmp_path / "out.json"), "--requests-out", str(tmp_path / "out.csv")),
-        )
-    assert status == 0, stderr
-    assert sorted(request.expected_output_tokens for request in server.seen) == [3, 4]
-    (run,) = json.loads((tmp_path / "out.json").read_text())["runs"]
-    assert (run["policy"], run["speedup"], run["seed"]) == ("scripted", 2.0, 5)
-    assert (run["offered"], run["met"], run["finished"], run["rejected"], run["slo_attainment"]) == (2, 1, 1, 1, 0.5)
-    with (tmp_path / "out.csv").open(newline="") as file:
-        lines = list(csv.DictReader(file))
-    assert [(line["arrival_ms"], line["status"]) for line in lines] == [("0.000", "finished"), ("5.000", "rejected")]
-    for expected in ("SLO attainment", "0.500", "sent late by p50", "1 x RESOURCE_EXHAUSTED: as scripted"):
-        assert expected in stdout
-
-
-async def test_an_interrupted_command_still_writes_what_ended(tmp_path: Path) -> None:
-    (tmp_path / "trace.csv").write_text("arrival_s,input_tokens,output_tokens,task_class\n0,9,3,hang\n3600,9,3,told\n")
-    server = ScriptedServer()
-    async with served(server) as target:
-        status, stdout, stderr = await run_command(
-            *("replay", str(tmp_path / "trace.csv"), "--target", target, "--json", str(tmp_path / "out.json")),
-            interrupt_on=server.hanging,
-        )
-    assert status == 130, stderr
-    assert "interrupted: 1 requests were cancelled" in stdout
-    (run,) = json.loads((tmp_path / "out.json").read_text())["runs"]
-    assert (run["offered"], run["cancelled"], run["slo_attainment"]) == (1, 1, None)
-
-
-async def test_what_is_wrong_is_said_in_one_line_before_anything_is_sent(tmp_path: Path) -> None:
-    (tmp_path / "trace.csv").write_text(TRACE)
-    for arguments, message in (
-        (("trace.csv", "--slo", "code"), "--slo 'code': expected TASK="),
-        (("trace.csv",), "trace.csv: No such file"),
-        ((str(tmp_path / "trace.csv"), "--json", str(tmp_path / "no" / "out")), "out: cannot be written"),
-    ):
-        status, stdout, stderr = await run_command("replay", *arguments, "--target", "127.0.0.1:1")
-        assert status in (1, 2)
-        assert stdout == ""
-        assert len(stderr.splitlines()) == 1
-        assert message in stderr
-
-
-def test_a_trace_is_looked_for_in_the_folder_only_where_it_does_not_exist_as_named(tmp_path: Path) -> None:
-    (tmp_path / "trace.csv").write_text(TRACE)
-    assert find_traces(["trace.csv", "other.csv"], tmp_path) == [tmp_path / "trace.csv", Path("other.csv")]
-    assert find_traces([str(tmp_path / "trace.csv")], Path("/elsewhere")) == [tmp_path / "trace.csv"]
+async def test_a_generated_workload_against_the_gateway(tmp_path: Path) -> None:
+    profile = tmp_path / "fast.json"
+    step_ms = {"c0": 0.05, "p1": 0.0, "p2": 0.0, "d1": 0.0, "d2": 0.0}
+    profile.write_text(json.dumps({"format": 1, "name": "fast", "step_ms": step_ms}))
+    config = Config.model_validate({"engine": {"profile": str(profile)}, "scheduler": {"policy": "edf"}})
+    rows = generate_workload(60, seed=1)
+    slos = parse_slo_options(["chat=ttft:60000,tpot:60000,e2e:60000"])
+    requests = build_workload(rows, slos=slos, speedup=100.0, length_noise=0.3, seed=2)
+    async with serving(config) as server:
+        replayed = await replay(server.address, requests, clock=MonotonicClock())
+        load = server.runtime.load()
+    assert (replayed.policy, replayed.synthetic) == ("edf", True)
+    assert replayed.failures == {}
+    records = by_index(replayed)
+    assert [record.timing.output_tokens for record in records] == [row.output_tokens for row in rows]
+    assert [record.predicted_output_tokens for record in records] == [
+        min(request.expected_output_tokens or 0, request.max_new_tokens) for request in requests
+    ]
+    for record in records:
+        timing = record.timing
+        assert record.status is EndStatus.FINISHED
+        assert timing.dispatched_at_s is not None
+        assert timing.first_token_at_s is not None
+        assert timing.ended_at_s is not None
+        assert timing.arrival_at_s <= timing.dispatched_at_s <= timing.ended_at_s
+        assert timing.first_token_at_s <= timing.ended_at_s
+    run = summarize(records, policy=replayed.policy, speedup=100.0, seed=2)
+    chat = sum(row.task == "chat" for row in rows)
+    assert 0 < chat < 60
+    assert (run["offered"], run["finished"], run["with_slo"], run["slo_attainment"]) == (60, 60, chat, 1.0)
+    assert run["by_task"]["code"]["slo_attainment"] is None
+    assert load.ended[EndStatus.FINISHED] == 60

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 from pathlib import Path
 
 import pytest
 
+from lmdeploy_slo.config import ENV_TRACES_DIR, traces_dir
 from lmdeploy_slo.errors import TraceError
 from lmdeploy_slo.offline.traces import TraceRow, read_traces
+
+TRACES = traces_dir()  # read before a test begins: within one, the environment is empty
 
 AZURE_CODE = """TIMESTAMP,ContextTokens,GeneratedTokens\r
 2023-11-16 18:17:03.9799600,4808,10\r
@@ -166,11 +168,10 @@ def test_traces_that_count_from_their_own_start_share_one_axis(tmp_path: Path) -
 
 @pytest.fixture
 def recorded() -> Path:
-    """The folder of downloaded traces named by LMDEPLOY_SLO_TRACES."""
-    folder = os.environ.get("LMDEPLOY_SLO_TRACES")
-    if not folder or not (Path(folder) / "AzureLLMInferenceTrace_code.csv").exists():
-        pytest.skip("LMDEPLOY_SLO_TRACES names no folder with the recorded traces")
-    return Path(folder)
+    """The folder of downloaded traces."""
+    if TRACES is None or not (TRACES / "AzureLLMInferenceTrace_code.csv").exists():
+        pytest.skip(f"{ENV_TRACES_DIR} names no folder with the recorded traces")
+    return TRACES
 
 
 def test_the_merged_azure_trace_equals_the_merge_of_the_two_files(recorded: Path) -> None:

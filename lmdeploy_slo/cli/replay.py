@@ -66,7 +66,7 @@ def replay(
             help="Send a hint: the true output length times lognormal(0, SIGMA), 0 for exact. Without it, no hint.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the hints.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the hints.")] = 0,
     timeout_s: Annotated[
         float | None, typer.Option(help="Hard limit of each request (its gRPC deadline); default: none.")
     ] = None,
