@@ -35,10 +35,10 @@ def prefill_s(rows: Rows, model: StepModel) -> Column:
     return np.asarray(model.p1 * prompt + model.p2 * prompt * prompt)
 
 
-def engine_time_s(rows: Rows, model: StepModel) -> Column:
-    """g: the share of the engine's time a request needs, seconds."""
+def engine_time_s(rows: Rows, model: StepModel, batch_size: float = REFERENCE_BATCH) -> Column:
+    """g: the engine's time a request needs, seconds, where `batch_size` sequences share the fixed cost of a step."""
     prompt, output = rows["prompt_tokens"], rows["output_tokens"]
-    per_token = model.d1 + model.d2 * (prompt + output / 2) + model.c0 / REFERENCE_BATCH
+    per_token = model.d1 + model.d2 * (prompt + output / 2) + model.c0 / batch_size
     return np.asarray(prefill_s(rows, model) + output * per_token)
 
 
