@@ -46,3 +46,8 @@ class VirtualClock:
     def advance_to(self, at_s: float) -> None:
         """Moves forward to the instant `at_s`; an instant in the past leaves the clock as it is."""
         self._now_s = max(self._now_s, at_s)
+
+
+def unix_time_s() -> float:
+    """Seconds since 1970, for instants that are shown or compared with another process's; it may go back."""
+    return time.time()
