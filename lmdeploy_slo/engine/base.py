@@ -79,6 +79,8 @@ class EngineEvent:
     end: set on its last event. error: set instead of `end` where the engine failed it.
     logprobs: per new token, the candidates asked for, the chosen one first; None where none were asked for.
     cached_tokens: prompt tokens found in the prefix cache, on the first event where the engine knows it.
+    queued_at_s, scheduled_at_s: when the engine took the request and when it began to work on it, on the clock of the
+    sink, with its first tokens; None where the engine does not say.
     """
 
     request_id: str
@@ -88,6 +90,8 @@ class EngineEvent:
     error: EngineError | None = None
     logprobs: Sequence[Sequence[TokenLogprob]] | None = None
     cached_tokens: int | None = None
+    queued_at_s: float | None = None
+    scheduled_at_s: float | None = None
 
 
 EventSink: TypeAlias = Callable[[Sequence[EngineEvent], float], None]

@@ -68,9 +68,9 @@ def inspect_installation(series: Series, root: Path | None = None) -> Installati
     """The installation of the series' package, or the tree at `root`; raises MissingExtra where there is none."""
     if root is None:
         spec = importlib.util.find_spec(series.package)
-        if spec is None or not spec.submodule_search_locations:
+        if spec is None or spec.origin is None:  # a directory of that name alone is no package
             raise MissingExtra(series.package, "turbomind")
-        root = Path(next(iter(spec.submodule_search_locations))).parent
+        root = Path(spec.origin).parent.parent
     return Installation(root, _version(series.package, root), tuple(_inspect(series, root, p) for p in series.pins))
 
 
