@@ -97,7 +97,7 @@ class AnnealingPolicy:
     def plan(self, snapshot: Snapshot) -> Plan:
         started_at_s = self._clock.now_s()
         waiting = snapshot.waiting
-        self._batch = min(PRICE_BATCH, snapshot.limits.max_batch_size)
+        self._batch = float(min(PRICE_BATCH, snapshot.limits.max_batch_size))  # one type: one compiled kernel
         self._price.learn(snapshot, self._batch)
         oldest_first = rule_order(snapshot, "fcfs")
         if snapshot.free_slots == 0 or not len(waiting):

@@ -13,7 +13,7 @@ def example_snapshot() -> Snapshot:
     rows = np.zeros(10, dtype=ROW_DTYPE)
     rows["handle"] = np.arange(1, 11)
     rows["tier"] = 1
-    rows["prompt_tokens"] = 200.0
+    rows["prompt_tokens"] = 2000.0  # not all can meet, so that the search has something to do
     rows["output_tokens"] = 50.0
     rows["length_sigma"] = 0.3
     rows["ttft_s"] = [0.5, np.inf] * 5
