@@ -430,8 +430,9 @@ def test_a_stall_of_an_idle_engine_holds_what_comes() -> None:
     async def script(engine: EmulatedEngine, log: EventLog, clock: VirtualClock) -> None:
         engine.release()
         engine.stall()
+        await asyncio.sleep(2.0)
         engine.submit(make_request("a", output_tokens=2), 0)
-        await asyncio.sleep(5.0)
+        await asyncio.sleep(3.0)
         assert log.calls == []
         engine.release()
         await log.ended("a")

@@ -199,12 +199,11 @@ class EmulatedEngine:
         """Ends a stall: the step that was running needs what was left of it."""
         if self._stalled_at_s is None or self._loop is None:
             return
-        stalled_s = self._clock.now_s() - self._stalled_at_s
-        self._stalled_at_s, self._released_at_s = None, self._clock.now_s()
+        self._released_at_s = self._clock.now_s()
         if self._step_ends_at_s is not None:
-            self._step_ends_at_s += stalled_s
-        if self._gone is None:
-            self._sleep(self._step_ends_at_s if self._step_ends_at_s is not None else self._clock.now_s())
+            self._step_ends_at_s += self._released_at_s - self._stalled_at_s
+        self._stalled_at_s = None
+        self._sleep(self._released_at_s if self._step_ends_at_s is None else self._step_ends_at_s)
 
     def crash(self, message: str = "the engine crashed") -> None:
         """All in flight end with EngineUnavailable on the next turn of the loop; submit raises it from now on."""
@@ -298,8 +297,6 @@ class EmulatedEngine:
 
     def _begin_step(self, start_at_s: float) -> None:
         """Begins the step that nominally starts at `start_at_s`, or, where nothing runs, when the next request came."""
-        if self._gone is not None:
-            return
         self._take_arrived(start_at_s)
         if not len(self._batch):
             if not self._arriving:

@@ -4,7 +4,8 @@
         async def make_engine(self) -> Engine:
             return MyEngine(...)          # not started; a small max_batch_size keeps the suite quick
 
-Needs pytest-asyncio in auto mode.
+Needs pytest-asyncio in auto mode. `pytest.register_assert_rewrite("lmdeploy_slo.testing.engine_contract")` in a
+conftest.py makes its failures tell what was compared.
 """
 
 from __future__ import annotations
