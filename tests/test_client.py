@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import grpc
@@ -15,9 +17,11 @@ from scripted_server import COMPLETION, ScriptedServer, answers, streams, whole_
 from lmdeploy_slo import client as sdk
 from lmdeploy_slo import errors
 from lmdeploy_slo.client.request import OPTION_PATHS, build_request
+from lmdeploy_slo.gateway import metadata
 from lmdeploy_slo.v1 import inference_pb2 as pb
 
 server, connect = scripted_server.server, scripted_server.connect  # fixtures
+DOCS = Path(__file__).parent.parent / "docs"
 
 
 def test_importing_the_client_brings_in_nothing_of_the_server() -> None:
@@ -199,3 +203,22 @@ def test_a_stream_that_ends_without_completion_is_an_error(server: ScriptedServe
     server.script = [streams(pb.GenerateStreamResponse(text="a"))]
     with pytest.raises(sdk.ClientError, match="without a completion"):
         connect(server.target).read()
+
+
+# -- the pages ------------------------------------------------------------------
+
+
+def test_the_protocol_page_names_every_call_reason_and_alias() -> None:
+    page = (DOCS / "protocol.md").read_text()
+    calls = [method.name for method in pb.DESCRIPTOR.services_by_name["InferenceService"].methods]
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.RequestError)]
+    reasons = {kind.reason for kind in kinds} - {errors.Rejected.reason}  # only its subclasses are raised
+    aliases = [metadata.TTFT_MS, metadata.TPOT_MS, metadata.E2E_MS, metadata.FAIRNESS_ID, metadata.REQUEST_ID]
+    assert [name for name in [*calls, *reasons, *aliases, metadata.TRACEPARENT] if name not in page] == []
+
+
+def test_the_client_page_names_every_option_and_default() -> None:
+    page = (DOCS / "client.md").read_text()
+    assert [name for name in OPTION_PATHS if f"`{name}`" not in page] == []
+    defaults = ", ".join(f"{field.name}={field.default}" for field in dataclasses.fields(sdk.RetryPolicy))
+    assert f"RetryPolicy({defaults})" in page
