@@ -20,6 +20,8 @@ from lmdeploy_slo.clock import Clock, MonotonicClock
 from lmdeploy_slo.config import Config, EngineKind
 from lmdeploy_slo.engine.base import Engine
 from lmdeploy_slo.engine.emulated import EmulatedEngine
+from lmdeploy_slo.engine.lmdeploy import LmdeployEngine
+from lmdeploy_slo.engine.lmdeploy_options import LmdeployOptions
 from lmdeploy_slo.errors import ConfigError, MissingExtra
 from lmdeploy_slo.gateway.options import GatewayOptions
 from lmdeploy_slo.gateway.server import Gateway
@@ -60,11 +62,7 @@ def check(config: Config) -> None:
 def build_engine(config: Config, clock: Clock) -> Engine:
     """The engine of the configuration, not started. Raises MissingExtra where LMDeploy is asked for and missing."""
     if config.engine.effective_kind is EngineKind.LMDEPLOY:
-        if importlib.util.find_spec("lmdeploy") is None:
-            raise MissingExtra(f"serving {config.engine.model} with LMDeploy", "turbomind")
-        raise ConfigError(
-            "this version of lmdeploy_slo cannot drive LMDeploy yet; without MODEL it serves synthetic tokens"
-        )
+        return _build_lmdeploy(config, clock)
     profile = load_profile(config.engine.profile)
     return EmulatedEngine(
         profile.step_model,
@@ -73,6 +71,26 @@ def build_engine(config: Config, clock: Clock) -> Engine:
         seed=config.scheduler.seed,
         max_session_tokens=config.engine.max_session_tokens,
         profile=profile.name,
+    )
+
+
+def _build_lmdeploy(config: Config, clock: Clock) -> Engine:
+    options = config.engine
+    if importlib.util.find_spec("lmdeploy") is None:
+        raise MissingExtra(f"serving {options.model} with LMDeploy", "turbomind")
+    assert options.model is not None, "the configuration has checked that"
+    return LmdeployEngine(
+        LmdeployOptions(
+            model=options.model,
+            device=options.device,
+            limits=options.limits,
+            max_session_tokens=options.max_session_tokens,
+            turbomind=options.turbomind,
+            patched=options.patched,
+            trust_remote_code=options.trust_remote_code,
+            chat_template=options.chat_template,
+        ),
+        clock,
     )
 
 

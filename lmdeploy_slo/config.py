@@ -1,13 +1,16 @@
 """The configuration of a server: a TOML file, then the environment, then command-line flags; read once.
 
     [server]          host, port, drain_grace_s, default_max_new_tokens, max_message_bytes
-    [engine]          kind, model, profile, max_batch_size, max_prefill_tokens, kv_tokens, max_session_tokens
+    [engine]          kind, model, profile, max_batch_size, max_prefill_tokens, kv_tokens, max_session_tokens;
+                      of LMDeploy alone: device, patched, chat_template, trust_remote_code
+    [engine.turbomind]  further fields of LMDeploy's TurbomindEngineConfig, by its names
     [scheduler]       policy, seed, plan_budget_ms, max_queued_requests, queue_timeout_ms, shed
     [stream]          flush_interval_ms
     [tasks.NAME]      ttft_ms, tpot_ms, e2e_ms: objectives of requests that name this task and carry none
 
 `engine.max_batch_size` is LMDEPLOY_SLO_ENGINE_MAX_BATCH_SIZE in the environment and --max-batch-size as a flag;
-`tasks.chat.ttft_ms` is LMDEPLOY_SLO_TASKS_CHAT_TTFT_MS; the value `none` in the environment unsets an optional key.
+`tasks.chat.ttft_ms` is LMDEPLOY_SLO_TASKS_CHAT_TTFT_MS, and `engine.turbomind.tp` LMDEPLOY_SLO_ENGINE_TURBOMIND_TP and
+--turbomind tp=2; the value `none` in the environment unsets an optional key.
 What is not a key is refused, and so is a value out of range, both with the place they came from. No other module
 reads the environment.
 """
@@ -18,7 +21,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
@@ -28,6 +31,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from lmdeploy_slo.core.slo import Slo
 from lmdeploy_slo.core.snapshot import EngineLimits
+from lmdeploy_slo.engine.lmdeploy_options import Device
 from lmdeploy_slo.errors import ConfigError
 
 if sys.version_info >= (3, 11):
@@ -53,11 +57,16 @@ class EngineKind(str, Enum):
     LMDEPLOY = "lmdeploy"
 
 
-def _engine_kind(value: object) -> EngineKind:
-    try:
-        return EngineKind(value)
-    except ValueError:
-        raise ValueError(f"input should be {' or '.join(repr(kind.value) for kind in EngineKind)}") from None
+def _choice_of(choices: type[Enum]) -> Callable[[object], Enum]:
+    """Takes the text of a choice also where other fields are read strictly."""
+
+    def choose(value: object) -> Enum:
+        try:
+            return choices(value)
+        except ValueError:
+            raise ValueError(f"input should be {' or '.join(repr(choice.value) for choice in choices)}") from None
+
+    return choose
 
 
 class _Section(BaseModel):
@@ -79,15 +88,21 @@ class EngineConfig(_Section):
 
     profile: a step-model profile, by name or file: the emulated engine's truth, every other engine's first forecast.
     kv_tokens, max_session_tokens: unset is no bound for the emulated engine, LMDeploy's own for LMDeploy.
+    device, patched, chat_template, trust_remote_code, turbomind: as in `engine.lmdeploy_options`.
     """
 
-    kind: Annotated[EngineKind, BeforeValidator(_engine_kind)] | None = None
+    kind: Annotated[EngineKind, BeforeValidator(_choice_of(EngineKind))] | None = None
     model: str | None = Field(default=None, min_length=1)
     profile: str = Field(default="a100-qwen2.5-7b", min_length=1)
     max_batch_size: int = Field(default=256, ge=1, le=65536)
     max_prefill_tokens: int = Field(default=8192, ge=1)
     kv_tokens: int | None = Field(default=None, ge=1)
     max_session_tokens: int | None = Field(default=None, ge=2)
+    device: Annotated[Device, BeforeValidator(_choice_of(Device))] = Device.AUTO
+    patched: bool = True
+    chat_template: str | None = Field(default=None, min_length=1)
+    trust_remote_code: bool = False
+    turbomind: dict[str, Any] = Field(default_factory=dict)
 
     @property
     def effective_kind(self) -> EngineKind:
@@ -167,7 +182,7 @@ class Config(_Sections):
         values["engine"]["kind"] = self.engine.effective_kind.value
         unset = [f"{s}.{k}" for s, keys in values.items() if s != "tasks" for k, v in keys.items() if v is None]
         header = f"# not set: {', '.join(unset)}\n\n" if unset else ""
-        return header + tomli_w.dumps(_without_none(values))
+        return header + tomli_w.dumps(_without_unset(values))
 
 
 KeyPath: TypeAlias = tuple[str, ...]
@@ -194,10 +209,12 @@ class _Layers:
         return tree
 
     def origin_of(self, path: KeyPath) -> str:
-        for known, origin in self.origins.items():
-            if known[: len(path)] == path or path[: len(known)] == known:
-                return origin
-        return "configuration"
+        """Where a value came from, else the nearest thing around it, else the last thing inside it."""
+        for length in range(len(path), 0, -1):
+            if path[:length] in self.origins:
+                return self.origins[path[:length]]
+        inside = [origin for known, origin in self.origins.items() if known[: len(path)] == path]
+        return inside[-1] if inside else "configuration"
 
 
 def load(
@@ -233,6 +250,14 @@ def traces_dir(environ: Mapping[str, str] | None = None) -> Path | None:
     return Path(named) if named else None
 
 
+def toml_value(text: str) -> Any:
+    """What the text says as a TOML value: a number, true, a list ...; else the text itself."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
 def _read_file(file: Path, layers: _Layers) -> None:
     try:
         document = tomllib.loads(file.read_text(encoding="utf-8"))
@@ -264,7 +289,8 @@ def _read_environment(environ: Mapping[str, str], layers: _Layers) -> None:
             known = [f"{ENV_PREFIX}{section}_{key}".upper() for section, key in _keys()]
             raise ConfigError(f"environment variable {variable} is unknown{_suggest(variable, known, listed=False)}")
         text = environ[variable]
-        layers.put(path, None if text.lower() == "none" else text, f"environment variable {variable}")
+        value = None if text.lower() == "none" else toml_value(text) if path[1] == "turbomind" else text
+        layers.put(path, value, f"environment variable {variable}")
 
 
 def _env_path(rest: str) -> KeyPath | None:
@@ -274,6 +300,8 @@ def _env_path(rest: str) -> KeyPath | None:
             name = key.removesuffix(f"_{objective}")
             if name and name != key:
                 return "tasks", name, objective
+    if section == "engine" and key.startswith("turbomind_"):
+        return "engine", "turbomind", key.removeprefix("turbomind_")
     return (section, key) if (section, key) in _keys() else None
 
 
@@ -321,9 +349,7 @@ def _suggest(name: str, known: Iterable[str], *, listed: bool = True) -> str:
     return hint + (f" (known: {', '.join(known)})" if listed or not close else "")
 
 
-def _without_none(values: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: _without_none(value) if isinstance(value, dict) else value
-        for key, value in values.items()
-        if value is not None
-    }
+def _without_unset(values: dict[str, Any]) -> dict[str, Any]:
+    """Without None and without empty tables, neither of which TOML needs to say."""
+    kept = {k: _without_unset(v) if isinstance(v, dict) else v for k, v in values.items()}
+    return {k: v for k, v in kept.items() if v is not None and v != {}}

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "errors": set(),
     "v1": set(),
     "core": {"clock", "errors"},
-    "config": {"core", "errors"},
+    "config": {"engine", "core", "errors"},
     "prediction": {"core", "clock", "errors"},
     "engine": {"prediction", "core", "clock", "errors"},
     "scheduling": {"prediction", "core", "clock", "errors"},

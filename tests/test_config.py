@@ -72,6 +72,20 @@ def test_tasks_from_file_and_environment(file: Path) -> None:
     assert tasks["code_completion"].slo == Slo(e2e_s=2.0)
 
 
+def test_fields_of_turbomind_from_all_sources(file: Path) -> None:
+    file.write_text("[engine.turbomind]\ntp = 1\nquant_policy = 8\ndevices = [0]")
+    environ = {"LMDEPLOY_SLO_ENGINE_TURBOMIND_TP": "2", "LMDEPLOY_SLO_ENGINE_TURBOMIND_DEVICES": "[0, 1]"}
+    flags = {"engine.model": "m", "engine.turbomind.tp": 4, "engine.turbomind.dtype": "bfloat16"}
+    turbomind = load(file, environ=environ, flags=flags).engine.turbomind
+    assert turbomind == {"tp": 4, "quant_policy": 8, "devices": [0, 1], "dtype": "bfloat16"}
+
+
+def test_the_last_source_of_a_wrong_value_is_named(file: Path) -> None:
+    file.write_text("[tasks.chat]\nttft_ms = 1000")
+    text = refusal(file, environ={"LMDEPLOY_SLO_TASKS_CHAT_TTFT_MS": "soon"})
+    assert text.startswith("environment variable LMDEPLOY_SLO_TASKS_CHAT_TTFT_MS: tasks.chat.ttft_ms = 'soon'")
+
+
 def test_a_model_asks_for_lmdeploy() -> None:
     assert load(environ={}, flags={"engine.model": "some/model"}).engine.effective_kind is EngineKind.LMDEPLOY
 
@@ -101,6 +115,7 @@ def test_the_emulated_engine_stands_in_for_no_model() -> None:
         ("[engine]\nmax_batch_size = 0", "engine.max_batch_size = 0: input should be greater than or equal to 1"),
         ("[engine]\nmax_batch_size = '8'", "engine.max_batch_size = '8': input should be a valid integer"),
         ("[engine]\nmax_batch_size = true", "engine.max_batch_size = True: input should be a valid integer"),
+        ("[engine]\ndevice = 'tpu'", "engine.device = 'tpu': input should be 'auto' or 'cuda' or 'cpu'"),
         ("[engine]\nkind = 'turbomind'", "engine.kind = 'turbomind': input should be 'emulated' or 'lmdeploy'"),
         ("[server]\nport = 70000", "server.port = 70000: input should be less than or equal to 65535"),
         ("[server", "not TOML"),
@@ -170,7 +185,13 @@ documents = st.fixed_dictionaries(
     optional={
         "server": st.fixed_dictionaries({}, optional={"host": names, "port": st.integers(0, 65535)}),
         "engine": st.fixed_dictionaries(
-            {}, optional={"model": names, "profile": names, "kv_tokens": st.integers(1, 2**40)}
+            {},
+            optional={
+                "model": names,
+                "profile": names,
+                "kv_tokens": st.integers(1, 2**40),
+                "turbomind": st.dictionaries(names, st.integers(0, 9) | st.booleans() | names, max_size=3),
+            },
         ),
         "scheduler": st.fixed_dictionaries(
             {}, optional={"seed": st.integers(0, 2**63 - 1), "queue_timeout_ms": durations_ms, "policy": names}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from lmdeploy_slo.config import Config, load
+from lmdeploy_slo.config import Config, load, toml_value
+from lmdeploy_slo.errors import ConfigError
 
 _DEFAULTS = Config()
 
@@ -16,7 +18,8 @@ def _option(key: str, text: str, **extra: Any) -> Any:
     """A flag for `section.key` of the configuration; unset unless it is given, so that the other sources count."""
     section, _, name = key.partition(".")
     default = getattr(getattr(_DEFAULTS, section), name)
-    return typer.Option(None, help=text, show_default="none" if default is None else str(default), **extra)
+    shown = default.value if isinstance(default, Enum) else "none" if default is None else str(default)
+    return typer.Option(None, help=text, show_default=shown, **extra)
 
 
 def serve(
@@ -55,6 +58,13 @@ def serve(
     default_max_new_tokens: int | None = _option(
         "server.default_max_new_tokens", "Output limit of requests that name none."
     ),
+    device: str | None = _option("engine.device", "Of LMDeploy: auto, cuda or cpu."),
+    unpatched: bool = typer.Option(False, "--unpatched", help="Serve with LMDeploy as released, without priorities."),
+    chat_template: str | None = _option("engine.chat_template", "Of LMDeploy, instead of the model's own."),
+    trust_remote_code: bool = typer.Option(False, "--trust-remote-code", help="Run Python code that is in the model."),
+    turbomind: list[str] = typer.Option(
+        [], help="A field of LMDeploy's TurbomindEngineConfig, KEY=VALUE; may be repeated.", show_default=False
+    ),
     host: str | None = _option("server.host", "Address to listen on."),
     port: int | None = _option("server.port", "Port to listen on; 0: a free one."),
     drain_grace_s: float | None = _option("server.drain_grace_s", "How long a shutdown waits for running requests."),
@@ -67,7 +77,7 @@ def serve(
 
     One line on stdout tells the address when requests are taken. SIGTERM and SIGINT let requests end, then exit.
     """
-    flags = {
+    flags: dict[str, Any] = {
         "engine.model": model,
         "engine.kind": engine,
         "engine.profile": profile,
@@ -75,6 +85,10 @@ def serve(
         "engine.max_prefill_tokens": max_prefill_tokens,
         "engine.kv_tokens": kv_tokens,
         "engine.max_session_tokens": max_session_tokens,
+        "engine.device": device,
+        "engine.patched": False if unpatched else None,
+        "engine.chat_template": chat_template,
+        "engine.trust_remote_code": trust_remote_code or None,
         "scheduler.policy": policy,
         "scheduler.max_queued_requests": max_queued_requests,
         "scheduler.queue_timeout_ms": queue_timeout_ms,
@@ -87,6 +101,11 @@ def serve(
         "server.port": port,
         "server.drain_grace_s": drain_grace_s,
     }
+    for field in turbomind:
+        key, equals, value = field.partition("=")
+        if not equals or not key.isidentifier():
+            raise ConfigError(f"--turbomind {field}: KEY=VALUE is expected")
+        flags[f"engine.turbomind.{key}"] = toml_value(value)
     effective = load(config, flags=flags)
 
     from lmdeploy_slo import app  # grpc, numba and the engines: only now
