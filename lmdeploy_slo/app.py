@@ -47,7 +47,10 @@ class Server:
 
     def __str__(self) -> str:
         engine, info = self.config.engine, self.runtime.engine.info
-        serves = f"{info.name} engine, tokens are synthetic" if info.synthetic else f"{info.model} on {info.name}"
+        device = f", device {info.details['device']}" if "device" in info.details else ""
+        serves = (
+            f"{info.name} engine, tokens are synthetic" if info.synthetic else f"{info.model} on {info.name}{device}"
+        )
         return f"{self.address} ({serves}; profile {engine.profile}; policy {self.runtime.policy.name})"
 
 
