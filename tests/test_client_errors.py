@@ -220,7 +220,7 @@ errors_that_repeat = st.sampled_from([errors.Draining("x"), sdk.ServerUnreachabl
     policy=st.builds(sdk.RetryPolicy, st.integers(1, 200), st.floats(0.01, 9), st.floats(0.01, 30), st.floats(0, 2)),
     failures=st.lists(errors_that_repeat, min_size=1, max_size=210),
     draw=st.floats(0, 1, exclude_max=True),
-    timeout_s=st.none() | st.floats(0, 100),
+    timeout_s=st.none() | st.floats(0.001, 100),
 )
 def test_waits_keep_their_bounds(
     policy: sdk.RetryPolicy, failures: list[errors.SloError], draw: float, timeout_s: float | None
@@ -240,6 +240,15 @@ def test_waits_keep_their_bounds(
     assert timeout_s is None or clock.now_s() <= timeout_s
     remaining_s = attempts.remaining_s()
     assert remaining_s is None if timeout_s is None else remaining_s is not None and 0 <= remaining_s <= timeout_s
+
+
+@pytest.mark.parametrize("timeout_s", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_time_limit_is_a_positive_number(connect: Callable[..., Any], timeout_s: float) -> None:
+    face = connect("localhost:1")
+    with pytest.raises(ValueError, match="timeout_s"):
+        face.call("generate", "x", timeout_s=timeout_s)
+    with pytest.raises(ValueError, match="timeout_s"):
+        face.read("x", timeout_s=timeout_s)
 
 
 @pytest.mark.parametrize("values", [{"max_attempts": 0}, {"first_wait_s": 0}, {"longest_wait_s": -1}, {"jitter": -0.1}])

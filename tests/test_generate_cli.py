@@ -161,6 +161,8 @@ def test_no_server() -> None:
         ["--target=http://localhost:1", "--prompt=x"],
         ["--target=localhost:1"],
         ["--target=localhost:1", "--prompt=x", "--e2e-ms=soon"],
+        ["--target=localhost:1", "--prompt=x", "--timeout-s=0"],
+        ["--target=localhost:1", "--prompt=x", "--timeout-s=nan"],
         ["--target=localhost:1", "--prompt=x", "--priority-class=urgent"],
         ["--target=localhost:1", "--prompt=x", "--no-such-flag"],
     ],
@@ -204,7 +206,21 @@ def test_every_violation_is_named(address: str) -> None:
 def test_a_deadline(address: str) -> None:
     result = run(address, "--prompt=Hi", "--max-new-tokens=1000000", "--ignore-eos", "--timeout-s=0.2")
     assert result.exit_code == 1
-    assert "lmdeploy_slo: DEADLINE_EXCEEDED: " in result.stderr
+    assert "lmdeploy_slo: DEADLINE_EXCEEDED: the " in result.stderr
+
+
+def test_a_server_that_dies(tmp_path: Path) -> None:
+    with serve(tmp_path, "--policy", "fcfs") as (address, server_process):
+        command = [sys.executable, "-m", "lmdeploy_slo", "generate", "--prompt=Hi", "--max-new-tokens=1000000"]
+        command += ["--ignore-eos", "--target", address]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert process.stdout.read(1)
+            server_process.kill()
+            _, err = process.communicate(timeout=30)
+        assert process.returncode == 1
+        assert err.startswith(f"lmdeploy_slo: lost the connection to {address}: ")
+        assert err.count("\n") == 1
 
 
 def test_ctrl_c_cancels_the_request_in_the_server(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json as json_module
+import math
 import re
 import sys
 from enum import Enum
@@ -40,6 +41,13 @@ def check_target(target: str) -> str:
     if target.startswith(_OTHER_SCHEMES) or (host_port and 0 < int(host_port[2]) <= 65535):
         return target
     raise typer.BadParameter(f"{target!r} is not HOST:PORT, such as localhost:50051")
+
+
+def check_timeout(timeout_s: float | None) -> float | None:
+    """The time limit as it is; a usage error where it is none."""
+    if timeout_s is None or (math.isfinite(timeout_s) and timeout_s > 0):
+        return timeout_s
+    raise typer.BadParameter(f"{timeout_s:g} is not a positive number of seconds")
 
 
 class Tier(str, Enum):
@@ -109,7 +117,9 @@ def generate(
     queue_timeout_ms: Annotated[
         float | None, typer.Option(help="Longest wait before the engine starts.", rich_help_panel=_SCHEDULING)
     ] = None,
-    timeout_s: Annotated[float | None, typer.Option(help="Give up after this long; a hard end, not an SLO.")] = None,
+    timeout_s: Annotated[
+        float | None, typer.Option(help="Give up after this long; a hard end, not an SLO.", callback=check_timeout)
+    ] = None,
     predict: Annotated[
         bool, typer.Option("--predict", help="Only ask whether it would meet its SLO now; nothing is generated.")
     ] = False,
@@ -228,7 +238,7 @@ def describe_error(error: SloError, target: str) -> str:
     if isinstance(error, RequestError):
         return f"{error.reason}: {text}"
     if isinstance(error, ServerUnreachable):
-        return f"cannot reach {target}: {text}"
+        return f"{'cannot reach' if error.not_sent else 'lost the connection to'} {target}: {text}"
     return text
 
 

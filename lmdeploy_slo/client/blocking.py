@@ -52,7 +52,7 @@ class Client:
     clock, sleep and random: what repeating uses; tests pass their own.
 
     Every call raises InvalidRequest, another RequestError or a ClientError (see lmdeploy_slo.client.errors).
-    timeout_s limits a whole call, repetitions included; it is a hard end (DeadlineExceeded), not an SLO. An exception
+    timeout_s > 0 limits a whole call, repetitions included; it is a hard end (DeadlineExceeded), not an SLO. An exception
     that interrupts a call, KeyboardInterrupt included, cancels it in the server.
     """
 

@@ -109,7 +109,7 @@ def error_of(call: _FailedCall) -> SloError:
 def _unnamed(code: grpc.StatusCode, message: str) -> SloError:
     """A status that this process, a proxy or gRPC itself made: there is no ErrorInfo of ours."""
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return DeadlineExceeded(message)
+        return DeadlineExceeded(f"the time limit of the call passed ({message})")
     if code is grpc.StatusCode.CANCELLED:
         return Cancelled(message)
     if code is grpc.StatusCode.UNAVAILABLE:

@@ -7,6 +7,7 @@ such a call is repeated only where the caller says that this is harmless.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -44,6 +45,7 @@ class Attempts:
 
     timeout_s: for the whole call, waits included; None for no limit.
     resend_safe: whether a request that may still run somewhere may be sent once more.
+    Raises ValueError for a time limit that is not a positive finite number.
     """
 
     def __init__(
@@ -55,6 +57,8 @@ class Attempts:
         timeout_s: float | None,
         resend_safe: bool,
     ) -> None:
+        if timeout_s is not None and not (math.isfinite(timeout_s) and timeout_s > 0):
+            raise ValueError(f"timeout_s must be a positive number of seconds, got {timeout_s}")
         self._policy = policy
         self._clock = clock
         self._random = random
