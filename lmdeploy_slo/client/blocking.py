@@ -52,8 +52,8 @@ class Client:
     clock, sleep and random: what repeating uses; tests pass their own.
 
     Every call raises InvalidRequest, another RequestError or a ClientError (see lmdeploy_slo.client.errors).
-    timeout_s > 0 limits a whole call, repetitions included; it is a hard end (DeadlineExceeded), not an SLO. An exception
-    that interrupts a call, KeyboardInterrupt included, cancels it in the server.
+    timeout_s, above 0, limits a whole call, repetitions included; it is a hard end (DeadlineExceeded), not an SLO. An
+    exception that interrupts a call, KeyboardInterrupt included, cancels it in the server.
     """
 
     def __init__(
