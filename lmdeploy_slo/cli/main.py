@@ -24,13 +24,18 @@ COMMANDS = {
     "simulate": "Replay recorded traces in virtual time, without a server.",
     "plan": "Print the static plan for a list of requests.",
     "demo": "FCFS and annealing side by side on a generated workload.",
+    "patch": "Show, check or export the patches that are put into LMDeploy.",
+    "tiny-model": "Write a small random checkpoint for trials, offline.",
 }
-"""Command -> summary. `lmdeploy_slo.cli.NAME` has a function NAME that typer makes the command of."""
+"""Command -> summary. `lmdeploy_slo.cli.NAME` has a function NAME, a hyphen written as _, that typer makes the command
+of."""
 
 EXTRAS = {
     "lmdeploy": "turbomind",
     "torch": "turbomind",
     "transformers": "turbomind",
+    "tokenizers": "turbomind",
+    "safetensors": "turbomind",
     "ray": "ray",
     "matplotlib": "report",
 }
@@ -46,9 +51,10 @@ class _LazyGroup(TyperGroup):
 
 
 def _load(name: str) -> Any:
-    module = import_module(f"lmdeploy_slo.cli.{name}")
+    function = name.replace("-", "_")
+    module = import_module(f"lmdeploy_slo.cli.{function}")
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    single.command(name)(getattr(module, name))
+    single.command(name)(getattr(module, function))
     return get_command(single)
 
 

@@ -1,7 +1,11 @@
-"""One tiny checkpoint and one pace for all tests; the stand-in is shared by the engines of a process."""
+"""Tests against the real LMDeploy, on the CPU: `make test-lmdeploy`. Without LMDeploy they are skipped.
+
+Modules of this directory import lmdeploy, torch and transformers only inside tests and fixtures.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +14,21 @@ import pytest
 
 if TYPE_CHECKING:
     from lmdeploy_slo.engine.cpu_standin.batch import Pace
+
+HERE = Path(__file__).parent
+
+
+def _has_lmdeploy() -> bool:
+    spec = importlib.util.find_spec("lmdeploy")
+    return spec is not None and spec.origin is not None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not _has_lmdeploy():
+        skip = pytest.mark.skip(reason="LMDeploy is not installed here: `make test-lmdeploy` runs this")
+        for item in items:
+            if item.path.is_relative_to(HERE):
+                item.add_marker(skip)
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +43,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def pace() -> Iterator[Pace]:
-    """The pace of the stand-in, as fast as it goes when the test ends."""
+    """The pace of the stand-in, which all engines of a process share; as fast as it goes when the test ends."""
     from lmdeploy_slo.engine.cpu_standin.native import PACE
 
     yield PACE

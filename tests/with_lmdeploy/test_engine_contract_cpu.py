@@ -5,9 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from environment import need_lmdeploy
-
-need_lmdeploy()
 
 from lmdeploy_slo.clock import MonotonicClock
 from lmdeploy_slo.core.snapshot import EngineLimits

@@ -53,10 +53,9 @@ class Installation:
         states = {file.state for file in self.files}
         if states in ({FileState.RELEASED}, {FileState.PATCHED}):
             return None
-        wrong = next(
-            (f for f in self.files if f.state in (FileState.MODIFIED, FileState.MISSING)),
-            next(f for f in self.files if f.state is FileState.PATCHED),
-        )
+        # Where some files are patched and some are as released, the patched ones are the odd ones.
+        order = (FileState.MODIFIED, FileState.MISSING, FileState.PATCHED, FileState.RELEASED)
+        wrong = min(self.files, key=lambda file: order.index(file.state))
         return (
             f"{self.root / wrong.path} is not as released ({wrong.state.value}): its SHA-256 is "
             f"{wrong.digest or 'none'}, {series.package} {series.version} has {series.pins[wrong.path].released}; "
