@@ -189,6 +189,8 @@ def test_missing_figures_are_null() -> None:
     assert run["slo_attainment"] is run["goodput_rps"] is run["duration_s"] is None
     assert run["e2e_ms"] == {"mean": None, "p50": None, "p90": None, "p99": None}
     assert (run["offered"], run["by_task"]) == (0, {})
+    free = [record(EndStatus.FINISHED, arrival_at_s=at_s) for at_s in (0.0, 1.0)]
+    assert summarize(free, policy="fcfs", speedup=1.0, seed=0)["goodput_rps"] is None, "nobody could meet anything"
     alone = summarize([record(EndStatus.FINISHED, make_slo(e2e_ms=5000))], policy="fcfs", speedup=1.0, seed=0)
     assert alone["goodput_rps"] is None, "one arrival spans no time"
     assert alone["slo_attainment"] == 1.0

@@ -90,6 +90,14 @@ def test_equal_histories_give_equal_forecasts() -> None:
     assert one.predict(make_spec()) == other.predict(make_spec())
 
 
+def test_a_forecast_reached_is_a_forecast_outlived() -> None:
+    rows = make_rows(
+        {"generated_tokens": 40, "output_tokens": 40.0}, {"generated_tokens": 39, "output_tokens": 40.0}
+    ).copy()
+    TaskLengthPredictor().revise(rows)
+    assert rows["output_tokens"].tolist() == pytest.approx([40 * 1.15 + 1, 40.0])
+
+
 @given(st.integers(0, 5000), st.floats(1, 5000), st.floats(0, 2))
 def test_only_a_forecast_that_was_outlived_is_raised(generated: int, forecast: float, sigma: float) -> None:
     rows = make_rows({"generated_tokens": generated, "output_tokens": forecast, "length_sigma": sigma}).copy()

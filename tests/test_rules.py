@@ -140,6 +140,13 @@ def test_who_can_no_longer_meet_goes_last_in_order_of_engine_time() -> None:
     assert plan_handles("fcfs", *rows, now_s=9.9) == [1, 2, 3, 4, 5]
 
 
+def test_the_latest_start_itself_is_not_too_late() -> None:
+    rows: list[Row] = [{"e2e_s": 4.0, "output_tokens": 50}, {"arrival_at_s": 1.0, "e2e_s": 100.0}]
+    latest_s = float(RULES["llf"](make_snapshot(rows))[0])
+    assert plan_handles("fcfs-feasible", *rows, now_s=latest_s) == [1, 2]
+    assert plan_handles("fcfs-feasible", *rows, now_s=math.nextafter(latest_s, 9.0)) == [2, 1]
+
+
 def test_higher_tiers_go_first_even_when_hopeless() -> None:
     rows: list[Row] = [{"tier": 1, "arrival_at_s": 0.0}, {"tier": 3, "arrival_at_s": 5.0, "e2e_s": 0.1}, {"tier": 0}]
     for name in RULES:

@@ -8,7 +8,7 @@ Keys, on predictions (l prompt, o predicted output tokens, model coefficients as
     edf   arrival + the smallest of e2e and ttft
     llf   the latest start that still meets every objective
 
-Step time is that of a reference batch (64 sequences of the request's own size), the share 1/64 of c0 the same.
+Step time is that of the sequences that decode now, of one where none do; the share of c0 is that of a batch of 64.
 With `feasible_first`, requests that can no longer meet their SLO go last, in order of engine time.
 """
 
