@@ -47,7 +47,8 @@ class AnnealingOptions:
     sigmas the outer length quantiles lie off the forecast. price_window_s, price_capacity, price_weight: see
     ShadowPrice; the weight scales it. background_max: largest share of time ascribed to prefills still to come.
     leftover_loss: requests one leftover may cost; larger serves hopeless requests sooner, at others' expense.
-    leftovers_per_plan: how many of them may start at once.
+    congestion_s: prefill work that is due, submitted or still with a chance, at which a leftover pays the full price of
+    its engine time; in a lull it pays less, so that lulls are used. leftovers_per_plan: how many may start at once.
     """
 
     max_candidates: int = 48
@@ -57,6 +58,7 @@ class AnnealingOptions:
     price_weight: float = 0.5
     background_max: float = 0.6
     leftover_loss: float = 0.02
+    congestion_s: float = 0.5
     leftovers_per_plan: int = 4
 
 
@@ -109,8 +111,8 @@ class AnnealingPolicy:
         send = rows[best == 0]
         leftovers = oldest_first[~hopeful[oldest_first]]
         extra = kernel.admit_leftovers(
-            waiting, leftovers, self._options.leftovers_per_plan, self._options.leftover_loss, self._price_s,
-            self._batch, best, n, *stage,
+            waiting, leftovers, self._options.leftovers_per_plan, self._options.leftover_loss,
+            self._price_s * self._congestion(n), self._batch, best, n, *stage,
         )  # fmt: skip
         if not len(send) and not extra and not len(snapshot.running):
             # An idle engine earns nothing: whatever the price, somebody goes.
@@ -121,6 +123,11 @@ class AnnealingPolicy:
         order = _first_of(np.concatenate([chosen, later, leftovers, oldest_first]))
         self._remember(waiting, rows, best, snapshot.now_s)
         return Plan(order=waiting["handle"][order], send_now=len(chosen), quality=quality)
+
+    def _congestion(self, n: int) -> float:
+        """0 where no prefill is due, 1 where at least `congestion_s` of them are: how much the price counts now."""
+        due_s = float(self._base.prefill[0] + np.sum(self._candidates.stall[:n]))
+        return min(1.0, due_s / self._options.congestion_s)
 
     # -- inside ---------------------------------------------------------------
 
