@@ -23,6 +23,7 @@ from lmdeploy_slo.engine.base import EngineEvent, Sampling
 from lmdeploy_slo.engine.emulated import EmulatedEngine
 from lmdeploy_slo.engine.faults import Faults
 from lmdeploy_slo.errors import EngineError, EngineUnavailable, InvalidRequest
+from lmdeploy_slo.testing import virtual_time
 from lmdeploy_slo.testing.builders import NO_TIME, make_request
 from lmdeploy_slo.testing.event_log import EventLog
 from lmdeploy_slo.testing.virtual_time import VirtualTimeLoop, run_virtual
@@ -527,3 +528,17 @@ def test_an_abort_can_be_lost_and_an_end_sent_twice() -> None:
 def test_impossible_faults_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(changes))):
         Faults(**changes)
+
+
+# -- the loop these tests run on ------------------------------------------------
+
+
+def test_a_wait_for_nothing_is_an_error_rather_than_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(virtual_time, "_PATIENCE_S", 0.0)
+
+    async def main(clock: VirtualClock) -> None:
+        await asyncio.sleep(1e6)
+        await asyncio.get_running_loop().create_future()
+
+    with pytest.raises(RuntimeError, match="never happen"):
+        run_virtual(main)
