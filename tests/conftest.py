@@ -7,6 +7,8 @@ import os
 import pytest
 from hypothesis import settings
 
+from lmdeploy_slo.config import ENV_PREFIX, ENV_TRACES_DIR
+
 # `--hypothesis-profile=explore` draws new examples; a failing one prints what reproduces it.
 settings.register_profile("repeatable", deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("explore", deadline=None, print_blob=True, max_examples=1000)
@@ -15,5 +17,5 @@ settings.load_profile("repeatable")
 
 @pytest.fixture(autouse=True)
 def _no_configuration_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in [name for name in os.environ if name.startswith("LMDEPLOY_SLO_")]:
+    for variable in [name for name in os.environ if name.startswith(ENV_PREFIX) and name != ENV_TRACES_DIR]:
         monkeypatch.delenv(variable)

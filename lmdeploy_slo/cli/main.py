@@ -32,6 +32,8 @@ of."""
 
 EXTRAS = {
     "lmdeploy": "turbomind",
+    "safetensors": "turbomind",
+    "tokenizers": "turbomind",
     "torch": "turbomind",
     "transformers": "turbomind",
     "tokenizers": "turbomind",
