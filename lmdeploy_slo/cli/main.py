@@ -32,8 +32,6 @@ of."""
 
 EXTRAS = {
     "lmdeploy": "turbomind",
-    "safetensors": "turbomind",
-    "tokenizers": "turbomind",
     "torch": "turbomind",
     "transformers": "turbomind",
     "tokenizers": "turbomind",
