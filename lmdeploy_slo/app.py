@@ -12,16 +12,18 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 
 from lmdeploy_slo import __version__
 from lmdeploy_slo.clock import Clock, MonotonicClock
 from lmdeploy_slo.config import Config, EngineKind
+from lmdeploy_slo.core.snapshot import EngineLimits
 from lmdeploy_slo.engine.base import Engine
 from lmdeploy_slo.engine.emulated import EmulatedEngine
 from lmdeploy_slo.engine.lmdeploy import LmdeployEngine
 from lmdeploy_slo.engine.lmdeploy_options import LmdeployOptions
+from lmdeploy_slo.engine.prefill_limit import REFERENCE_BATCH, REFERENCE_CONTEXT, SMALLEST_LIMIT, prefill_token_limit
 from lmdeploy_slo.errors import ConfigError, MissingExtra
 from lmdeploy_slo.gateway.options import GatewayOptions
 from lmdeploy_slo.gateway.server import Gateway
@@ -69,7 +71,7 @@ def build_engine(config: Config, clock: Clock) -> Engine:
     profile = load_profile(config.engine.profile)
     return EmulatedEngine(
         profile.step_model,
-        config.engine.limits,
+        _engine_limits(config),
         clock,
         seed=config.scheduler.seed,
         max_session_tokens=config.engine.max_session_tokens,
@@ -86,10 +88,11 @@ def _build_lmdeploy(config: Config, clock: Clock) -> Engine:
         LmdeployOptions(
             model=options.model,
             device=options.device,
-            limits=options.limits,
+            limits=_engine_limits(config),
             max_session_tokens=options.max_session_tokens,
             turbomind=options.turbomind,
             patched=options.patched,
+            look_ahead=options.look_ahead,
             trust_remote_code=options.trust_remote_code,
             chat_template=options.chat_template,
         ),
@@ -97,12 +100,29 @@ def _build_lmdeploy(config: Config, clock: Clock) -> Engine:
     )
 
 
+def _engine_limits(config: Config) -> EngineLimits:
+    """Those of the configuration; the prefill limit no higher than the TPOT asked for allows."""
+    options = config.engine
+    if options.prefill_for_tpot_ms is None:
+        return options.limits
+    batch_size = min(options.max_batch_size, REFERENCE_BATCH)
+    limit = prefill_token_limit(
+        load_profile(options.profile).step_model,
+        options.prefill_for_tpot_ms / 1e3,
+        batch_size=batch_size,
+        context_tokens=batch_size * REFERENCE_CONTEXT,
+        ceiling=max(options.max_prefill_tokens, SMALLEST_LIMIT),
+    )
+    return replace(options.limits, max_prefill_tokens=min(limit, options.max_prefill_tokens))
+
+
 def build_runtime(config: Config, engine: Engine, clock: Clock) -> Runtime:
     """Scheduler and policy on an engine, not started."""
     options = config.scheduler
     policy = make_policy(options.policy, seed=options.seed, budget=SearchBudget(time_s=options.plan_budget_ms / 1e3))
+    info = engine.info
     scheduler = Scheduler(
-        limits=engine.info.limits,
+        limits=replace(info.limits, max_batch_size=info.limits.max_batch_size + info.look_ahead),
         model=load_profile(config.engine.profile).step_model,
         lengths=TaskLengthPredictor(),
         max_queued_requests=options.max_queued_requests,

@@ -1,8 +1,9 @@
 """The configuration of a server: a TOML file, then the environment, then command-line flags; read once.
 
     [server]          host, port, drain_grace_s, default_max_new_tokens, max_message_bytes
-    [engine]          kind, model, profile, max_batch_size, max_prefill_tokens, kv_tokens, max_session_tokens;
-                      of LMDeploy alone: device, patched, chat_template, trust_remote_code
+    [engine]          kind, model, profile, max_batch_size, max_prefill_tokens, prefill_for_tpot_ms, kv_tokens,
+                      max_session_tokens; of LMDeploy alone: device, patched, look_ahead, chat_template,
+                      trust_remote_code
     [engine.turbomind]  further fields of LMDeploy's TurbomindEngineConfig, by its names
     [scheduler]       policy, seed, plan_budget_ms, max_queued_requests, queue_timeout_ms, shed
     [stream]          flush_interval_ms
@@ -88,7 +89,9 @@ class EngineConfig(_Section):
 
     profile: a step-model profile, by name or file: the emulated engine's truth, every other engine's first forecast.
     kv_tokens, max_session_tokens: unset is no bound for the emulated engine, LMDeploy's own for LMDeploy.
-    device, patched, chat_template, trust_remote_code, turbomind: as in `engine.lmdeploy_options`.
+    prefill_for_tpot_ms: lowers max_prefill_tokens so far that this TPOT holds, as `engine.prefill_limit` says; set it
+    to the tightest one that is promised.
+    device, patched, look_ahead, chat_template, trust_remote_code, turbomind: as in `engine.lmdeploy_options`.
     """
 
     kind: Annotated[EngineKind, BeforeValidator(_choice_of(EngineKind))] | None = None
@@ -96,10 +99,12 @@ class EngineConfig(_Section):
     profile: str = Field(default="a100-qwen2.5-7b", min_length=1)
     max_batch_size: int = Field(default=256, ge=1, le=65536)
     max_prefill_tokens: int = Field(default=8192, ge=1)
+    prefill_for_tpot_ms: float | None = Field(default=None, gt=0, le=MAX_DURATION_MS)
     kv_tokens: int | None = Field(default=None, ge=1)
     max_session_tokens: int | None = Field(default=None, ge=2)
     device: Annotated[Device, BeforeValidator(_choice_of(Device))] = Device.AUTO
     patched: bool = True
+    look_ahead: int | None = Field(default=None, ge=0, le=65536)
     chat_template: str | None = Field(default=None, min_length=1)
     trust_remote_code: bool = False
     turbomind: dict[str, Any] = Field(default_factory=dict)

@@ -38,6 +38,9 @@ def serve(
     policy: str | None = _option("scheduler.policy", "Who goes first, and how many at a time."),
     max_batch_size: int | None = _option("engine.max_batch_size", "Requests in flight, at most."),
     max_prefill_tokens: int | None = _option("engine.max_prefill_tokens", "Prompt tokens per forward pass, at most."),
+    prefill_for_tpot_ms: float | None = _option(
+        "engine.prefill_for_tpot_ms", "Prefill no more per forward pass than keeps this TPOT; the tightest promised."
+    ),
     kv_tokens: int | None = _option("engine.kv_tokens", "KV cache of the engine, tokens."),
     max_session_tokens: int | None = _option("engine.max_session_tokens", "Prompt and output of a request, at most."),
     max_queued_requests: int | None = _option("scheduler.max_queued_requests", "Waiting requests, at most."),
@@ -60,6 +63,9 @@ def serve(
     ),
     device: str | None = _option("engine.device", "Of LMDeploy: auto, cuda or cpu."),
     unpatched: bool = typer.Option(False, "--unpatched", help="Serve with LMDeploy as released, without priorities."),
+    look_ahead: int | None = _option(
+        "engine.look_ahead", "Requests beyond the batch that wait in LMDeploy's line; none: a few."
+    ),
     chat_template: str | None = _option("engine.chat_template", "Of LMDeploy, instead of the model's own."),
     trust_remote_code: bool = typer.Option(False, "--trust-remote-code", help="Run Python code that is in the model."),
     turbomind: list[str] = typer.Option(
@@ -83,10 +89,12 @@ def serve(
         "engine.profile": profile,
         "engine.max_batch_size": max_batch_size,
         "engine.max_prefill_tokens": max_prefill_tokens,
+        "engine.prefill_for_tpot_ms": prefill_for_tpot_ms,
         "engine.kv_tokens": kv_tokens,
         "engine.max_session_tokens": max_session_tokens,
         "engine.device": device,
         "engine.patched": False if unpatched else None,
+        "engine.look_ahead": look_ahead,
         "engine.chat_template": chat_template,
         "engine.trust_remote_code": trust_remote_code or None,
         "scheduler.policy": policy,

@@ -113,7 +113,11 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What an engine is. synthetic: its tokens mean nothing. max_session_tokens: prompt + output, None: unbounded."""
+    """What an engine is. synthetic: its tokens mean nothing. max_session_tokens: prompt + output, None: unbounded.
+
+    look_ahead: how many requests beyond `limits.max_batch_size` are best submitted as well: they wait inside, ranked,
+    and a slot that becomes free is taken without asking anyone.
+    """
 
     name: str
     model: str
@@ -122,6 +126,7 @@ class EngineInfo:
     max_session_tokens: int | None
     vocab_size: int | None
     details: Mapping[str, str] = field(default_factory=dict)
+    look_ahead: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,6 +76,7 @@ class LmdeployEngine:
             limits=options.limits,
             max_session_tokens=options.max_session_tokens,
             vocab_size=None,
+            look_ahead=options.effective_look_ahead,
         )
         self._pipeline: Any = None
         self._tokenizer: LmdeployTokenizer | None = None

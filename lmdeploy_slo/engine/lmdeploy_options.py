@@ -44,6 +44,8 @@ class LmdeployOptions:
     kv_tokens None: LMDeploy's share of free memory. max_session_tokens None: the model's own.
     turbomind: further fields of TurbomindEngineConfig by name (tp, dp, devices, quant_policy, ...).
     patched: False serves with LMDeploy as released, see docs/lmdeploy.md for what is lost.
+    look_ahead: requests beyond max_batch_size that wait in LMDeploy's line; None: a thirty-second of max_batch_size,
+    at least 1, and none where LMDeploy is not patched, because nothing is ranked there.
     chat_template: one of LMDeploy's names, None for the model's own.
     stall_timeout_s: an engine with requests that takes no step for so long is given up, seconds.
     """
@@ -54,6 +56,7 @@ class LmdeployOptions:
     max_session_tokens: int | None = None
     turbomind: Mapping[str, Any] = field(default_factory=dict)
     patched: bool = True
+    look_ahead: int | None = None
     trust_remote_code: bool = False
     chat_template: str | None = None
     log_level: str = "WARNING"
@@ -65,6 +68,14 @@ class LmdeployOptions:
                 raise ConfigError(f"turbomind.{key}: set {OWN_KEYS[key]} instead")
         if self.stall_timeout_s <= 0:
             raise ConfigError(f"stall_timeout_s: must be above 0, got {self.stall_timeout_s}")
+        if self.look_ahead is not None and self.look_ahead < 0:
+            raise ConfigError(f"look_ahead: must be 0 or more, got {self.look_ahead}")
+
+    @property
+    def effective_look_ahead(self) -> int:
+        if self.look_ahead is not None:
+            return self.look_ahead
+        return max(1, self.limits.max_batch_size // 32) if self.patched else 0
 
 
 def turbomind_config(options: LmdeployOptions) -> Any:

@@ -17,6 +17,10 @@ import math
 
 from lmdeploy_slo.core.latency_model import StepModel
 
+REFERENCE_BATCH = 64
+REFERENCE_CONTEXT = 1024
+"""What runs beside a prefill where nothing better is known: so many sequences with so many tokens each."""
+
 SMALLEST_LIMIT = 64
 """Below one KV block of prompt tokens a step, prompts starve and no TPOT is gained."""
 
