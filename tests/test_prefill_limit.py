@@ -6,6 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lmdeploy_slo.app import build_engine
+from lmdeploy_slo.clock import VirtualClock
+from lmdeploy_slo.config import load
 from lmdeploy_slo.core.latency_model import StepModel
 from lmdeploy_slo.engine.prefill_limit import SMALLEST_LIMIT, prefill_token_limit
 from lmdeploy_slo.testing.builders import A100
@@ -43,6 +46,13 @@ def test_figures_of_the_a100() -> None:
     assert 710 <= prefill_token_limit(A100, 0.05, batch_size=64, context_tokens=64 * 512) <= 722
     assert prefill_token_limit(A100, 0.005, batch_size=64, context_tokens=64 * 512) == SMALLEST_LIMIT
     assert prefill_token_limit(A100, 10.0, batch_size=64, context_tokens=64 * 512) == 8192
+
+
+@pytest.mark.parametrize(("tpot_ms", "limit"), [(None, 8192), (50.0, 697), (1.0, SMALLEST_LIMIT)])
+def test_the_server_takes_it_from_its_configuration(tpot_ms: float | None, limit: int) -> None:
+    flags = {"engine.profile": "a100-qwen2.5-7b", "engine.prefill_for_tpot_ms": tpot_ms}
+    engine = build_engine(load(flags=flags, environ={}), VirtualClock())
+    assert engine.info.limits.max_prefill_tokens == limit
 
 
 @pytest.mark.parametrize(
