@@ -8,6 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import astuple, dataclass, fields
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+Number = TypeVar("Number", float, npt.NDArray[np.float64])
+"""One value, or a column of them."""
 
 
 def _check_coefficients(model: object) -> None:
@@ -81,11 +88,11 @@ class BilinearModel:
             if len(values) != 4 or not all(math.isfinite(v) and v >= 0 for v in values):
                 raise ValueError(f"{name} must be four finite numbers >= 0, got {values!r}")
 
-    def prefill_s(self, batch_size: float, prompt_tokens: float) -> float:
+    def prefill_s(self, batch_size: float, prompt_tokens: Number) -> Number:
         a, b, c, d = self.prefill
         return a * batch_size * prompt_tokens + b * batch_size + c * prompt_tokens + d
 
-    def decode_s(self, batch_size: float, prompt_tokens: float, output_tokens: float) -> float:
+    def decode_s(self, batch_size: float, prompt_tokens: Number, output_tokens: Number) -> Number:
         """The sum over k = 1..o in closed form: o tau(b, l) + (a_d b + c_d) o (o + 1) / 2."""
         a, b, c, d = self.decode
         per_context = a * batch_size + c
