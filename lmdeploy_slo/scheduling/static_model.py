@@ -1,0 +1,156 @@
+"""The static model of Huang et al. (arXiv 2504.14966): all requests are there, and run in consecutive batches.
+
+With b the size of a request's batch, t_p and t_d its prefill and decode times there (`BilinearModel`) and l_o its
+output tokens:
+
+    t_exec = t_p + t_d            E2E  = t_wait + t_exec
+    TTFT   = t_wait + t_p         TPOT = t_d / l_o, in this model only
+    t_wait = sum over the earlier batches of their longest t_exec
+    G      = requests that meet their SLO / sum of all E2E; where nobody meets, the shorter sum is the better plan
+
+A request without an objective counts in the sum, and never as met.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from lmdeploy_slo.core.latency_model import BilinearModel
+from lmdeploy_slo.core.slo import NO_SLO, Slo
+
+MAX_REQUESTS = 4096
+MAX_BATCH_SIZE = 1024
+
+_FINEST_TICK_S = 1e-9
+_LONGEST_TICKS = 2.0**60  # no sum of times is longer, so that 64 bits hold it
+
+
+@dataclass(frozen=True, slots=True)
+class StaticRequest:
+    """prompt_tokens, output_tokens: >= 1, predicted or known; else ValueError."""
+
+    prompt_tokens: int
+    output_tokens: int
+    slo: Slo = NO_SLO
+
+    def __post_init__(self) -> None:
+        if self.prompt_tokens < 1 or self.output_tokens < 1:
+            raise ValueError(f"a request has at least one token in and out, got {self}")
+
+
+@dataclass(frozen=True, slots=True)
+class StaticProblem:
+    """What to plan: 1..MAX_REQUESTS requests in order of arrival, 1..MAX_BATCH_SIZE a batch; else ValueError."""
+
+    requests: tuple[StaticRequest, ...]
+    max_batch_size: int
+    latency: BilinearModel
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.requests) <= MAX_REQUESTS:
+            raise ValueError(f"a plan is for 1 to {MAX_REQUESTS} requests, got {len(self.requests)}")
+        if not 1 <= self.max_batch_size <= MAX_BATCH_SIZE:
+            raise ValueError(f"max_batch_size must be 1 to {MAX_BATCH_SIZE}, got {self.max_batch_size}")
+
+    @property
+    def largest_batch(self) -> int:
+        """The largest batch there can be."""
+        return min(self.max_batch_size, len(self.requests))
+
+    @property
+    def with_slo(self) -> int:
+        """Requests with an objective."""
+        return sum(request.slo.has_objective for request in self.requests)
+
+
+@dataclass(frozen=True, slots=True)
+class StaticPlan:
+    """Batches of indices into the problem's requests, first to run first, and what they come to.
+
+    evaluations: plans that were scored to find it. elapsed_s: the search itself, compiled code only.
+    """
+
+    batches: tuple[tuple[int, ...], ...]
+    met: int
+    sum_e2e_s: float
+    evaluations: int
+    elapsed_s: float
+
+    @property
+    def objective(self) -> float:
+        """G, per second."""
+        return self.met / self.sum_e2e_s
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """The requests of a problem as arrays of length n; objectives in seconds, inf for none."""
+
+    prompt_tokens: npt.NDArray[np.float64]
+    output_tokens: npt.NDArray[np.float64]
+    ttft_s: npt.NDArray[np.float64]
+    tpot_s: npt.NDArray[np.float64]
+    e2e_s: npt.NDArray[np.float64]
+
+    @classmethod
+    def of(cls, requests: Sequence[StaticRequest]) -> Columns:
+        rows = [
+            (
+                request.prompt_tokens,
+                request.output_tokens,
+                *(math.inf if v is None else v for v in (request.slo.ttft_s, request.slo.tpot_s, request.slo.e2e_s)),
+            )
+            for request in requests
+        ]
+        return cls(*np.array(rows, dtype=np.float64).T.copy())
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """`run_time` and `limit` as `static_kernel` takes them, shape (largest_batch + 1, n + 1), in ticks of `tick_s`.
+
+    A tick is a nanosecond; longer only where sums of times would not fit into 64 bits. All times are compared as whole
+    ticks, so that an objective that is met exactly is met.
+    """
+
+    run_time: npt.NDArray[np.int64]
+    limit: npt.NDArray[np.int64]
+    tick_s: float
+
+
+def weigh(problem: StaticProblem) -> Tables:
+    """What the batch size means for each request."""
+    columns = Columns.of(problem.requests)
+    prompt, output = columns.prompt_tokens, columns.output_tokens
+    latency, n = problem.latency, len(problem.requests)
+    slowest_s = latency.prefill_s(problem.largest_batch, prompt) + latency.decode_s(
+        problem.largest_batch, prompt, output
+    )
+    tick_s = max(_FINEST_TICK_S, n * float(slowest_s.sum()) / _LONGEST_TICKS)
+    run_time = np.zeros((problem.largest_batch + 1, n + 1), dtype=np.int64)
+    limit = np.full((problem.largest_batch + 1, n + 1), -1, dtype=np.int64)
+    has_slo = np.array([request.slo.has_objective for request in problem.requests])
+    for b in range(1, problem.largest_batch + 1):
+        prefill_s, decode_s = latency.prefill_s(b, prompt), latency.decode_s(b, prompt, output)
+        run_time[b, :n] = np.maximum(1, np.rint((prefill_s + decode_s) / tick_s))
+        wait_s = np.minimum(columns.ttft_s - prefill_s, columns.e2e_s - (prefill_s + decode_s))
+        wait = np.minimum(np.rint(wait_s / tick_s), _LONGEST_TICKS)
+        fast = np.rint(decode_s / output / tick_s) <= np.rint(columns.tpot_s / tick_s)
+        limit[b, :n] = np.where(has_slo & fast & (wait >= 0), wait, -1)
+    return Tables(run_time, limit, tick_s)
+
+
+def score(tables: Tables, batches: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """(requests that meet, sum of E2E in ticks) of a plan."""
+    wait = total = met = 0
+    for batch in batches:
+        run_times = tables.run_time[len(batch), list(batch)]
+        total += int(run_times.sum()) + wait * len(batch)
+        met += int((tables.limit[len(batch), list(batch)] >= wait).sum())
+        wait += int(run_times.max())
+    return met, total
