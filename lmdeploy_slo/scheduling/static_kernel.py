@@ -1,0 +1,295 @@
+"""Annealing of static plans: consecutive batches, in which each request waits for all batches before its own.
+
+Times are integers (ticks), so that sums are exact in every order. Two tables tell all there is to know of a request;
+column n, "nobody", stands for an empty place:
+
+    run_time[b, r]  its execution time in a batch of b, at least 1; nobody's is 0
+    limit[b, r]     the longest wait at which it meets its SLO in a batch of b; -1: it cannot, has no SLO, or is nobody
+
+While it is searched a plan is rows of 2 ** shift places. The batches are rows 1, 2 ...; row 0 and the row behind the
+last batch are empty, to open a batch in. Where in its row a request stands means nothing. Indices are unsigned, because
+numba tests signed ones for being negative. What is compiled here reads no clock and allocates nothing in its loops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+LOG_DRAWS = np.log((np.arange(1024) + 0.5) / 1024)
+"""Logarithms of 1,024 even steps through (0, 1): u < exp(d / T) is T log u < d."""
+
+NOTHING_MET = 1e-9
+"""What a plan counts as having met that meets no SLO: of two such plans the shorter sum still scores higher."""
+
+_U = np.uint64
+_0, _1, _2, _3, _4 = _U(0), _U(1), _U(2), _U(3), _U(4)
+_PUSH, _PULL, _WHOLE = _U(2), _U(4), _U(7)  # kinds of moves: below 2 push, below 4 pull, below 7 exchange, 7 batches
+_DRAWS = _U(len(LOG_DRAWS) - 1)
+_17 = _U(17)
+_17_BITS = _U((1 << 17) - 1)
+
+jit: Callable[[Callable[..., Any]], Callable[..., Any]] = njit(nogil=True, cache=True, error_model="numpy")
+
+
+class Rows(NamedTuple):
+    """A plan while it is searched. The first two of n + 4 rows of places, the third of n + 1 requests (nobody last)."""
+
+    place: npt.NDArray[np.uint64]  # flat: the request at a place, n for nobody
+    size: npt.NDArray[np.uint64]  # of each row's batch
+    place_of: npt.NDArray[np.uint64]
+    before: npt.NDArray[np.int64]  # by row: wait, sum of E2E and requests that meet, of all batches before it
+    trial: npt.NDArray[np.int64]  # the same while a move is weighed
+
+
+class Tables(NamedTuple):
+    """See the module; flat, row by row."""
+
+    run_time: npt.NDArray[np.int64]
+    limit: npt.NDArray[np.int64]
+
+
+@jit
+def score(met: Any, total: Any) -> Any:
+    """G = met / sum of E2E, per tick."""
+    return max(float(met), NOTHING_MET) / float(total)
+
+
+@jit
+def _mixed(state: Any) -> Any:
+    """The output of splitmix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014)."""
+    z = (state ^ (state >> _U(30))) * _U(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> _U(27))) * _U(0x94D049BB133111EB)
+    return z ^ (z >> _U(31))
+
+
+@jit
+def _weigh(first: Any, stop: Any, n: Any, shift: Any, rows: Any, tables: Any) -> Any:
+    """Goes on from `before[first]` through rows first..stop-1, into `trial`; (sum of E2E, requests that meet)."""
+    wait, total, met = rows.before[first, _0], rows.before[first, _1], rows.before[first, _2]
+    width = _1 << shift
+    for k in range(first, stop):
+        rows.trial[k, _0] = wait
+        rows.trial[k, _1] = total
+        rows.trial[k, _2] = met
+        size = rows.size[k]
+        column = size * (n + _1)
+        longest = 0
+        p = k << shift
+        end = p + width
+        while p < end:  # by four: a row's width is a multiple of it
+            a, b = rows.place[p] + column, rows.place[p + _1] + column
+            c, d = rows.place[p + _2] + column, rows.place[p + _3] + column
+            run_a, run_b, run_c, run_d = tables.run_time[a], tables.run_time[b], tables.run_time[c], tables.run_time[d]
+            longest = max(longest, max(max(run_a, run_b), max(run_c, run_d)))
+            total += (run_a + run_b) + (run_c + run_d)
+            met += (tables.limit[a] >= wait) + (tables.limit[b] >= wait)
+            met += (tables.limit[c] >= wait) + (tables.limit[d] >= wait)
+            p += _4
+        total += np.int64(size) * wait
+        wait += longest
+    rows.trial[stop, _0] = wait
+    rows.trial[stop, _1] = total
+    rows.trial[stop, _2] = met
+    return total, met
+
+
+@jit
+def _keep(first: Any, stop: Any, rows: Any) -> Any:
+    for k in range(first, stop + _1):
+        for j in range(3):
+            rows.before[k, j] = rows.trial[k, j]
+
+
+@jit
+def _put(r: Any, p: Any, rows: Any) -> Any:
+    rows.place[p] = r
+    rows.place_of[r] = p
+
+
+@jit
+def _exchange_rows(k: Any, t: Any, shift: Any, rows: Any) -> Any:
+    for j in range(_1 << shift):
+        p, q = (k << shift) + j, (t << shift) + j
+        r = rows.place[p]
+        _put(rows.place[q], p, rows)
+        _put(r, q, rows)
+    size = rows.size[k]
+    rows.size[k] = rows.size[t]
+    rows.size[t] = size
+
+
+@jit
+def _open_front(batches: Any, n: Any, shift: Any, rows: Any) -> Any:
+    """Row 0 got a request: all rows move back by one, and row 0 is empty again."""
+    width = _1 << shift
+    for k in range(batches + _1, _0, -1):
+        t = _U(k)
+        for j in range(width):
+            p = (t << shift) + j
+            _put(rows.place[p - width], p, rows)
+        rows.size[t] = rows.size[t - _1]
+        for j in range(3):
+            rows.before[t, j] = rows.before[t - _1, j]
+    for j in range(width):
+        rows.place[j] = n
+    rows.size[_0] = _0
+
+
+@jit
+def _close(k: Any, batches: Any, shift: Any, rows: Any) -> Any:
+    """Row k lost its last request: the rows behind it move up by one."""
+    width = _1 << shift
+    for t in range(k, batches + _1):
+        for j in range(width):
+            p = (t << shift) + j
+            _put(rows.place[p + width], p, rows)
+        rows.size[t] = rows.size[t + _1]
+        for j in range(3):
+            rows.before[t, j] = rows.before[t + _1, j]
+
+
+@jit
+def _lay_out(order: Any, n: Any, batch_size: Any, shift: Any, rows: Any) -> Any:
+    """Full batches in this order; returns how many."""
+    rows.place[:] = n
+    rows.size[:] = _0
+    for i in range(n):
+        row = _1 + i // batch_size
+        _put(order[i], (row << shift) + i % batch_size, rows)
+        rows.size[row] += _1
+    return (n + batch_size - _1) // batch_size
+
+
+@jit
+def _walk(
+    batches: Any, n: Any, batch_size: Any, shift: Any, rows: Any, tables: Any, state: Any, hot: Any, cold: Any,
+    cooling: Any, moves: Any, unit: Any, best_row: Any, total: Any, met: Any,
+) -> Any:  # fmt: skip
+    """One walk from the plan in `rows`, which has `total` and `met`; `best_row`: of each request in the best plan.
+
+    Returns (moves weighed, total and met of the best plan, the generator's state).
+    """
+    current = best = score(met, total)
+    best_total, best_met = total, met
+    for r in range(n):
+        best_row[r] = rows.place_of[r] >> shift
+    weighed = 0
+    temperature = hot
+    while temperature > cold:
+        heat = temperature * unit * best
+        for _ in range(moves):
+            state += _U(0x9E3779B97F4A7C15)
+            draw = _mixed(state)
+            kind = draw & _U(7)
+            luck = LOG_DRAWS[(draw >> _3) & _DRAWS]
+            r = (((draw >> _U(13)) & _17_BITS) * n) >> _17
+            i = rows.place_of[r]
+            k = i >> shift
+            t = k + _1 + ((((draw >> _U(30)) & _17_BITS) * (batches - _1)) >> _17)  # any batch but its own ...
+            t = t - batches if t > batches else t
+            t = k - _1 if kind < _PULL else t  # ... or the one before ...
+            t = k + _1 if kind < _PUSH else t  # ... or behind it
+            j = (t << shift) + (((draw >> _U(47)) * batch_size) >> _17)
+            other = rows.place[j]
+            moved = _U(other == n)
+            if kind == _WHOLE:
+                t = k + _1 if k < batches else max(k - _1, _1)
+                moved = _0
+                _exchange_rows(k, t, shift, rows)
+            else:
+                _put(other, i, rows)
+                _put(r, j, rows)
+                rows.size[k] -= moved
+                rows.size[t] += moved
+            first, stop = min(k, t), max(t, batches) + _1
+            total, met = _weigh(first, stop, n, shift, rows, tables)
+            weighed += 1
+            if max(float(met), NOTHING_MET) >= (current + heat * luck) * float(total):
+                _keep(first, stop, rows)
+                if moved != _0:
+                    if t == _0:
+                        _open_front(batches, n, shift, rows)
+                        k += _1
+                    if t == _0 or t > batches:
+                        batches += _1
+                    if rows.size[k] == _0:
+                        _close(k, batches, shift, rows)
+                        batches -= _1
+                current = score(met, total)
+                if current > best:
+                    best, best_total, best_met = current, total, met
+                    heat = temperature * unit * best
+                    for q in range(n):
+                        best_row[q] = rows.place_of[q] >> shift
+            elif kind == _WHOLE:
+                _exchange_rows(k, t, shift, rows)
+            else:
+                _put(other, j, rows)
+                _put(r, i, rows)
+                rows.size[k] += moved
+                rows.size[t] -= moved
+        temperature *= cooling
+    return weighed, best_total, best_met, state
+
+
+@jit
+def anneal(
+    starts: Any, run_time: Any, limit: Any, batch_size: Any, shift: Any, seed: Any, hot: Any, cold: Any, cooling: Any,
+    moves: Any, walks: Any, unit: Any, enough: Any, batch_of: Any,
+) -> Any:  # fmt: skip
+    """Searches for the plan of n requests with the highest G; leaves each one's batch, counted from 1, in `batch_of`.
+
+    starts: orders, shape (any, n); each is cut into full batches, and all walks begin from the best of them. enough: a
+    start that meets so many is returned at once; -1 for never. shift: 2 ** shift >= batch_size, and at least 2.
+    walks: independent searches, in which the temperature falls from `hot`, times `cooling` after `moves` moves, while
+    it is above `cold`. A worse plan is accepted with exp(dG / T), dG in units of `unit` times the best G of the walk.
+    Moves: pull a request into the previous batch, push it into the next, exchange it with one of any other batch, or
+    exchange two neighbouring batches. Where a request goes, one of `batch_size` places is drawn: if it is empty the
+    request moves there, and the batches change their sizes; else it changes places with who is there.
+    Returns (requests that meet, sum of E2E in ticks, plans scored).
+    """
+    n = _U(starts.shape[1])
+    count = starts.shape[1] + 3
+    rows = Rows(
+        np.empty(count << np.int64(shift), np.uint64),
+        np.empty(count, np.uint64),
+        np.empty(count, np.uint64),
+        np.zeros((count, 3), np.int64),
+        np.zeros((count, 3), np.int64),
+    )
+    tables = Tables(run_time, limit)
+    best_row = np.empty(starts.shape[1], np.uint64)
+    chosen = 0
+    best_total, best_met = 0, 0
+    best = -1.0
+    for i in range(starts.shape[0]):
+        batches = _lay_out(starts[i], n, batch_size, shift, rows)
+        total, met = _weigh(_0, batches + _1, n, shift, rows, tables)
+        if score(met, total) > best:
+            best, best_total, best_met = score(met, total), total, met
+            chosen = i
+            for r in range(n):
+                batch_of[r] = rows.place_of[r] >> shift
+    start_total, start_met = best_total, best_met
+    evaluations = starts.shape[0]
+    if best_met == enough:
+        return best_met, best_total, evaluations
+    state = seed
+    for _ in range(walks):
+        batches = _lay_out(starts[chosen], n, batch_size, shift, rows)
+        _weigh(_0, batches + _1, n, shift, rows, tables)
+        _keep(_0, batches + _1, rows)
+        weighed, total, met, state = _walk(
+            batches, n, batch_size, shift, rows, tables, state, hot, cold, cooling, moves, unit, best_row,
+            start_total, start_met,
+        )  # fmt: skip
+        evaluations += weighed
+        if score(met, total) > best:
+            best, best_total, best_met = score(met, total), total, met
+            batch_of[:] = best_row
+    return best_met, best_total, evaluations

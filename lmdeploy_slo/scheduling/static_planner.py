@@ -1,0 +1,182 @@
+"""Plans for the static model: by annealing, by a fixed rule, or the best of all.
+
+Each takes a problem and returns a plan; the kernels that search know tables of ticks only. The online scheduler has
+nothing of this: there requests join and leave one by one (`annealing`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from lmdeploy_slo.clock import Clock, MonotonicClock
+from lmdeploy_slo.scheduling import static_enumeration_kernel, static_kernel
+from lmdeploy_slo.scheduling.paper_setting import LATENCY, SCHEDULE, AnnealingSchedule
+from lmdeploy_slo.scheduling.static_model import Columns, StaticPlan, StaticProblem, StaticRequest, score, weigh
+
+MAX_ENUMERATED = 8
+"""Requests of which all plans are tried: 543,130 for eight in batches of up to four."""
+
+MAX_WEIGHED = 16
+"""Requests of which all sets are weighed."""
+
+WALKS = 5
+"""The moves of a level are shared by so many walks: where one gets stuck, others do not."""
+
+LOSS_SCALE = 40.0
+"""exp(dG/T) needs a unit: a loss of the whole G is LOSS_SCALE n^2, so one request in n is LOSS_SCALE n."""
+
+_Column = npt.NDArray[np.float64]
+
+
+def anneal(
+    problem: StaticProblem,
+    *,
+    seed: int = 0,
+    schedule: AnnealingSchedule = SCHEDULE,
+    early_stop: bool = False,
+    clock: Clock | None = None,
+) -> StaticPlan:
+    """The plan with the highest G that is found; never a worse one than any fixed rule's.
+
+    Starts from the best rule, arrival order and shortest first among them. seed: 0 <= seed < 2^64; equal seeds give
+    equal plans. early_stop: take the start as it is where it meets every SLO, though it often is not the optimum of G.
+    """
+    clock = clock or MonotonicClock()
+    tables = weigh(problem)
+    n = len(problem.requests)
+    starts = np.array([rule_order(problem, rule) for rule in RULES], dtype=np.uint64)
+    batch_of = np.zeros(n, dtype=np.uint64)
+    begun_at_s = clock.now_s()
+    met, total, evaluations = static_kernel.anneal(
+        starts,
+        tables.run_time.ravel(),
+        tables.limit.ravel(),
+        np.uint64(problem.largest_batch),
+        np.uint64(max(2, (problem.largest_batch - 1).bit_length())),
+        np.uint64(seed),
+        schedule.hot,
+        schedule.cold,
+        schedule.cooling,
+        -(-schedule.moves_per_level // WALKS),
+        WALKS,
+        1.0 / (LOSS_SCALE * n * n),
+        problem.with_slo if early_stop else -1,
+        batch_of,
+    )
+    elapsed_s = clock.now_s() - begun_at_s
+    return StaticPlan(_batches(batch_of), int(met), int(total) * tables.tick_s, int(evaluations), elapsed_s)
+
+
+def enumerate_all(problem: StaticProblem, *, clock: Clock | None = None) -> StaticPlan:
+    """The plan with the highest G there is, of up to MAX_ENUMERATED requests; else ValueError."""
+    n = len(problem.requests)
+    if n > MAX_ENUMERATED:
+        raise ValueError(f"all plans are tried for up to {MAX_ENUMERATED} requests, got {n}")
+    clock = clock or MonotonicClock()
+    tables = weigh(problem)
+    batch_of = np.zeros(n, dtype=np.uint64)
+    begun_at_s = clock.now_s()
+    met, total, evaluations = static_enumeration_kernel.enumerate_plans(
+        n, tables.run_time.ravel(), tables.limit.ravel(), problem.largest_batch, batch_of
+    )
+    elapsed_s = clock.now_s() - begun_at_s
+    return StaticPlan(_batches(batch_of), int(met), int(total) * tables.tick_s, int(evaluations), elapsed_s)
+
+
+def follow_rule(problem: StaticProblem, rule: str, *, clock: Clock | None = None) -> StaticPlan:
+    """Full batches in the order of a rule, `rule` as in `RULES`, else KeyError."""
+    clock = clock or MonotonicClock()
+    tables = weigh(problem)
+    begun_at_s = clock.now_s()
+    order = rule_order(problem, rule)
+    size = problem.largest_batch
+    batches = tuple(tuple(int(r) for r in order[i : i + size]) for i in range(0, len(order), size))
+    met, total = score(tables, batches)
+    return StaticPlan(batches, met, total * tables.tick_s, 1, clock.now_s() - begun_at_s)
+
+
+def rule_order(problem: StaticProblem, rule: str) -> npt.NDArray[np.int64]:
+    """The requests in the order of a rule, ties by arrival; `rule` as in `RULES`, else KeyError."""
+    if rule not in RULES:
+        raise KeyError(rule)
+    name, _, feasible_first = rule.partition("-")
+    columns = Columns.of(problem.requests)
+    key = _KEYS[name](problem, columns)
+    hopeless = np.zeros(len(problem.requests), dtype=np.bool_)
+    if feasible_first:
+        tpot_s = problem.latency.decode_s(problem.largest_batch, columns.prompt_tokens, columns.output_tokens)
+        tpot_s /= columns.output_tokens
+        hopeless = (_latest_start_s(problem, columns) < 0) | (tpot_s > columns.tpot_s)
+        key = np.where(hopeless, _work_s(problem, columns), key)
+    return np.lexsort((key, hopeless))
+
+
+def can_meet_all(problem: StaticProblem) -> bool:
+    """Whether some plan meets every SLO; exact, for up to MAX_WEIGHED requests, else ValueError."""
+    n = len(problem.requests)
+    if n > MAX_WEIGHED:
+        raise ValueError(f"all sets are weighed for up to {MAX_WEIGHED} requests, got {n}")
+    tables = weigh(problem)
+    obliged = sum(1 << i for i, request in enumerate(problem.requests) if request.slo.has_objective)
+    return bool(
+        static_enumeration_kernel.all_can_meet(
+            n, tables.run_time.ravel(), tables.limit.ravel(), problem.largest_batch, obliged
+        )
+    )
+
+
+def warm_up() -> None:
+    """Compiles the kernels, or loads them from numba's cache, so that the first plan is as fast as the next."""
+    problem = StaticProblem((StaticRequest(1, 1), StaticRequest(2, 2)), 1, LATENCY)
+    anneal(problem)
+    enumerate_all(problem)
+
+
+def _fcfs(problem: StaticProblem, columns: Columns) -> _Column:
+    return np.zeros(len(problem.requests))
+
+
+def _wall_s(problem: StaticProblem, columns: Columns) -> _Column:
+    return _run_s(problem, columns, problem.largest_batch)
+
+
+def _work_s(problem: StaticProblem, columns: Columns) -> _Column:
+    return _run_s(problem, columns, 1)
+
+
+def _run_s(problem: StaticProblem, columns: Columns, batch_size: int) -> _Column:
+    latency, prompt = problem.latency, columns.prompt_tokens
+    return latency.prefill_s(batch_size, prompt) + latency.decode_s(batch_size, prompt, columns.output_tokens)
+
+
+def _deadline_s(problem: StaticProblem, columns: Columns) -> _Column:
+    return np.minimum(columns.ttft_s, columns.e2e_s)
+
+
+def _latest_start_s(problem: StaticProblem, columns: Columns) -> _Column:
+    first_token_s = problem.latency.prefill_s(problem.largest_batch, columns.prompt_tokens)
+    return np.minimum(columns.ttft_s - first_token_s, columns.e2e_s - _wall_s(problem, columns))
+
+
+_KEYS: dict[str, Callable[[StaticProblem, Columns], _Column]] = {
+    "fcfs": _fcfs,
+    "sjf": _wall_s,
+    "swf": _work_s,
+    "edf": _deadline_s,
+    "llf": _latest_start_s,
+}
+
+RULES = tuple(f"{name}{suffix}" for name in _KEYS for suffix in ("", "-feasible"))
+"""Sort keys, smallest first, as online but for the static model: `fcfs` arrival; `sjf` t_exec in a full batch; `swf`
+t_exec alone; `edf` the smaller of the TTFT and the E2E objective; `llf` the longest wait that still meets, in a full
+batch. With `-feasible` appended, requests that cannot meet even without a wait go last, in order of t_exec alone."""
+
+
+def _batches(batch_of: Iterable[int]) -> tuple[tuple[int, ...], ...]:
+    members: dict[int, list[int]] = {}
+    for request, batch in enumerate(batch_of):
+        members.setdefault(int(batch), []).append(request)
+    return tuple(tuple(members[batch]) for batch in sorted(members))
