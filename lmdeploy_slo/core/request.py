@@ -47,6 +47,7 @@ class RequestSpec:
     prompt_tokens: >= 1. max_new_tokens: >= 1, the hard cap of the output.
     expected_output_tokens: the client's hint, >= 1, None where it gave none.
     queue_timeout_s: longest wait before dispatch, None for no bound.
+    priority: LMDeploy's, 0..255, 0 first: goes before whatever the policy decides. 0 for all but LMDeploy's own doors.
     """
 
     request_id: str
@@ -61,3 +62,4 @@ class RequestSpec:
     priority_class: PriorityClass = PriorityClass.DEFAULT
     sheddable: bool = False
     queue_timeout_s: float | None = None
+    priority: int = 0

@@ -13,6 +13,9 @@ import itertools
 import math
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from lmdeploy_slo.core.latency_model import StepModel
 from lmdeploy_slo.core.plan import Plan
 from lmdeploy_slo.core.request import RequestSpec
@@ -61,6 +64,7 @@ class Scheduler:
         self._waiting = RowTable()
         self._running = RowTable()
         self._specs: dict[int, RequestSpec] = {}
+        self._prioritized = 0  # of them, with a priority other than 0
         self._order: list[int] = []  # the last plan's, for queue positions
         self._waiting_prompt_tokens = 0
         self._added = self._dispatched = self._refused = self._plans = self._stale = 0
@@ -75,6 +79,7 @@ class Scheduler:
         handle = next(self._numbers)
         self._waiting.insert(self._row(handle, spec))
         self._specs[handle] = spec
+        self._prioritized += spec.priority != 0
         self._waiting_prompt_tokens += spec.prompt_tokens
         self._added += 1
         return handle
@@ -88,7 +93,7 @@ class Scheduler:
             self._running.remove(handle)
         else:
             return False
-        del self._specs[handle]
+        self._prioritized -= self._specs.pop(handle).priority != 0
         return True
 
     def on_tokens(self, handle: int, count: int, at_s: float) -> None:
@@ -121,7 +126,7 @@ class Scheduler:
         self._plans += 1
         free = self.limits.max_batch_size - len(self._running)
         dispatches: list[Dispatch] = []
-        order = plan.order.tolist()
+        order = self._by_priority(plan.order).tolist()
         for rank, handle in enumerate(order[: plan.send_now]):
             if len(dispatches) >= free:
                 break
@@ -165,6 +170,13 @@ class Scheduler:
             plans_applied=self._plans,
             stale_entries=self._stale,
         )
+
+    def _by_priority(self, order: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Smaller priority numbers first, the policy's order among equals."""
+        if not self._prioritized:
+            return order
+        priorities = [self._specs[h].priority if h in self._specs else 0 for h in order.tolist()]
+        return order[np.argsort(priorities, kind="stable")]
 
     def _row(self, handle: int, spec: RequestSpec) -> tuple[float, ...]:
         forecast = self._lengths.predict(spec)
