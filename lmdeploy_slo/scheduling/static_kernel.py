@@ -37,11 +37,11 @@ jit: Callable[[Callable[..., Any]], Callable[..., Any]] = njit(nogil=True, cache
 
 
 class Rows(NamedTuple):
-    """A plan while it is searched. The first two of n + 4 rows of places, the third of n + 1 requests (nobody last)."""
+    """A plan while it is searched, in n + 3 rows: one batch each at most, the empty ones around, one to move over."""
 
     place: npt.NDArray[np.uint64]  # flat: the request at a place, n for nobody
     size: npt.NDArray[np.uint64]  # of each row's batch
-    place_of: npt.NDArray[np.uint64]
+    place_of: npt.NDArray[np.uint64]  # by request; nobody's means nothing
     before: npt.NDArray[np.int64]  # by row: wait, sum of E2E and requests that meet, of all batches before it
     trial: npt.NDArray[np.int64]  # the same while a move is weighed
 
@@ -172,6 +172,7 @@ def _walk(
 ) -> Any:  # fmt: skip
     """One walk from the plan in `rows`, which has `total` and `met`; `best_row`: of each request in the best plan.
 
+    A draw is, from its lowest bit on: 3 bits for the kind of move, 10 for luck, 17 each for request, batch and place.
     Returns (moves weighed, total and met of the best plan, the generator's state).
     """
     current = best = score(met, total)
