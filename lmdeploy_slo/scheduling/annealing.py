@@ -35,6 +35,8 @@ HOT, COLD = 0.3, 0.01
 PRICE_BATCH = 128.0
 """Sequences taken to share the fixed cost of a pass when engine time is priced: a loaded engine runs about so many."""
 
+SHORTEST_STEP_S = 1e-6
+
 TIER_WORTH = np.array([0.1, 1.0, 10.0, 100.0])
 """Worth of a request met, by PriorityClass."""
 
@@ -49,6 +51,8 @@ class AnnealingOptions:
     leftover_loss: requests one leftover may cost; larger serves hopeless requests sooner, at others' expense.
     congestion_s: prefill work that is due, submitted or still with a chance, at which a leftover pays the full price of
     its engine time; in a lull it pays less, so that lulls are used. leftovers_per_plan: how many may start at once.
+    commitment: worth of a running request in terms of a waiting one; above 1, because what was spent on it is lost with
+    it, and whoever takes its place may be given up in turn.
     """
 
     max_candidates: int = 48
@@ -59,6 +63,7 @@ class AnnealingOptions:
     background_max: float = 0.6
     leftover_loss: float = 0.02
     congestion_s: float = 0.5
+    commitment: float = 2.0
     leftovers_per_plan: int = 4
 
 
@@ -143,7 +148,7 @@ class AnnealingPolicy:
         duty = min(self._price.duty, self._options.background_max)
         pace = kernel.Pace(model.c0, model.p1, model.p2, model.d1, model.d2, duty / (1.0 - duty))
         at_stake, steps = kernel.look_at_running(
-            running, snapshot.now_s, pace, self._spread, TIER_WORTH, self._base, self._stakes
+            running, snapshot.now_s, pace, self._spread, self._options.commitment * TIER_WORTH, self._base, self._stakes
         )
         hopeful = np.zeros(len(snapshot.waiting), dtype=np.bool_)
         cheapest_first = np.argsort(engine_time_s(snapshot.waiting, model, self._batch), kind="stable")
@@ -203,7 +208,8 @@ class AnnealingPolicy:
                     admit = np.full(n, NEVER, dtype=np.int64)
                     admit[order[:size]] = 0
                     starts.append((rule, admit))
-        passed = int((snapshot.now_s - self._last_at_s) / snapshot.model.step_s(0, 0, self._batch, 0))
+        step_s = max(snapshot.model.step_s(0, 0, self._batch, 0), SHORTEST_STEP_S)
+        passed = int((snapshot.now_s - self._last_at_s) / step_s)
         handles = snapshot.waiting["handle"][rows].tolist()
         last = np.array([self._last.get(h, NEVER) for h in handles], dtype=np.int64)
         starts.append(("last plan", np.where(last < NEVER, np.maximum(last - passed, 0), NEVER)))
