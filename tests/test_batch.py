@@ -295,3 +295,28 @@ def test_steps_must_be_begun_and_ended_in_turn() -> None:
     assert batch.quiet_steps() == 0
     with pytest.raises(RuntimeError):
         batch.begin_step()
+
+
+def test_leaving_out_tokens_that_change_nothing_changes_nothing_else() -> None:
+    """First tokens, first ones after an eviction and last ones are told in either case."""
+    limits = EngineLimits(3, 16, kv_tokens=40)
+    whole, brief = PersistentBatch(MODEL, limits), PersistentBatch(MODEL, limits)
+    sizes = [(10, 12), (8, 9), (12, 1), (9, 14)]
+    for batch in (whole, brief):
+        for key, (prompt, output) in enumerate(sizes):
+            batch.submit(Sequence(key, prompt, output))
+    while len(whole):
+        assert whole.begin_step() == brief.begin_step()
+        assert whole.prefills_now is brief.prefills_now
+        decoding = set(whole._decoding)
+        told = [(s.key, last) for s, last in whole.end_step()]
+        assert [(s.key, last) for s, last in brief.end_step(every_token=False)] == [
+            (key, last) for key, last in told if last or key not in decoding
+        ]
+        assert (whole.decode_steps, whole.decoding, whole.decode_context) == (
+            brief.decode_steps,
+            brief.decoding,
+            brief.decode_context,
+        )
+    assert whole.evictions == brief.evictions > 0
+    assert len(brief) == 0

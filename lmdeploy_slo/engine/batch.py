@@ -92,6 +92,26 @@ class PersistentBatch:
     def kv_tokens_used(self) -> int:
         return self._decode_context + self._prefill_context
 
+    @property
+    def decoding(self) -> int:
+        """Sequences that emit a token in every step."""
+        return len(self._decoding)
+
+    @property
+    def decode_context(self) -> int:
+        """Tokens in the KV cache of those."""
+        return self._decode_context
+
+    @property
+    def decode_steps(self) -> int:
+        """Steps that have ended and in which somebody decoded: what each decoding sequence counts its tokens by."""
+        return self._epoch
+
+    @property
+    def prefills_now(self) -> bool:
+        """Whether the step that was begun has prompt tokens in it."""
+        return self._step is not None and bool(self._step.chunks)
+
     def emitted_of(self, sequence: Sequence) -> int:
         """Tokens emitted so far."""
         return sequence.emitted + (self._epoch - sequence.joined_at if sequence.joined_at >= 0 else 0)
@@ -168,8 +188,12 @@ class PersistentBatch:
         self._step = step
         return step.duration_s
 
-    def end_step(self) -> list[tuple[Sequence, bool]]:
-        """Ends the step begun: (sequence, whether that token was its last), one entry per token emitted."""
+    def end_step(self, *, every_token: bool = True) -> list[tuple[Sequence, bool]]:
+        """Ends the step begun: (sequence, whether that token was its last), one entry per token emitted.
+
+        every_token: False leaves out the tokens by which nothing changes, those of sequences that decoded before and go
+        on decoding; what is left are first tokens, the first after an eviction, and last ones.
+        """
         step = self._step
         if step is None:
             raise RuntimeError("no step was begun")
@@ -179,7 +203,8 @@ class PersistentBatch:
             self._epoch += 1
             self._decode_context += len(self._decoding)
             finished = self._pop_finished()
-            emitted = [(s, False) for s in self._decoding.values()]
+            if every_token:
+                emitted = [(s, False) for s in self._decoding.values()]
             emitted.extend((s, True) for s in finished)
         for sequence, chunk in step.chunks:
             if sequence.done:

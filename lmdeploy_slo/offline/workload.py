@@ -25,6 +25,7 @@ class OfferedRequest:
 
     due_s: when it is to be sent, seconds from the start of the run. output_tokens: the true length, which only the
     emulated engine may see. expected_output_tokens: the hint the scheduler gets, >= 1, None for no hint.
+    prefix_blocks: ids of the prompt's blocks, for a simulated prefix cache; empty where the trace names none.
     """
 
     index: int
@@ -35,6 +36,7 @@ class OfferedRequest:
     task: str
     slo: Slo
     expected_output_tokens: int | None = None
+    prefix_blocks: tuple[int, ...] = ()
 
 
 def build_workload(
@@ -72,6 +74,7 @@ def build_workload(
             task=row.task,
             slo=slo_of(slos, row.task),
             expected_output_tokens=hint,
+            prefix_blocks=row.hash_ids or (),
         )
         for row, hint in zip(used, hints, strict=True)
     ]

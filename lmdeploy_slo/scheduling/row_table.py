@@ -58,6 +58,11 @@ class RowTable:
     def add(self, handle: int, field: str, value: float) -> None:
         self._rows[field][self._index[handle]] += value
 
+    def add_where_positive(self, field: str, value: float) -> None:
+        """Adds `value` in every row in which the field is above 0."""
+        column = self._rows[field][: self._size]
+        column[column > 0] += value
+
     def copy(self) -> Rows:
         """A read-only copy of all rows."""
         rows: Rows = self._rows[: self._size].copy()

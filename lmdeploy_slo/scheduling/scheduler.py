@@ -65,7 +65,7 @@ class Scheduler:
         self._running = RowTable()
         self._specs: dict[int, RequestSpec] = {}
         self._prioritized = 0  # of them, with a priority other than 0
-        self._order: list[int] = []  # the last plan's, for queue positions
+        self._order = np.empty(0, dtype=np.int64)  # the last plan's, for queue positions
         self._waiting_prompt_tokens = 0
         self._added = self._dispatched = self._refused = self._plans = self._stale = 0
 
@@ -104,6 +104,10 @@ class Scheduler:
             self._running.set(handle, "first_token_at_s", at_s)
         self._running.add(handle, "generated_tokens", count)
 
+    def on_steps(self, count: int) -> None:
+        """Every running request that has emitted a token before emitted `count` more: as many calls of `on_tokens`."""
+        self._running.add_where_positive("generated_tokens", count)
+
     def finish(self, handle: int, output_tokens: int) -> None:
         """A running request ran to its end with `output_tokens`: its slot is free, its length is learnt."""
         spec = self._specs[handle]
@@ -124,10 +128,10 @@ class Scheduler:
     def apply(self, plan: Plan, now_s: float) -> list[Dispatch]:
         """Moves the head of the plan from waiting to running and returns who goes, best rank first."""
         self._plans += 1
-        free = self.limits.max_batch_size - len(self._running)
+        free = self.free_slots
         dispatches: list[Dispatch] = []
-        order = self._by_priority(plan.order).tolist()
-        for rank, handle in enumerate(order[: plan.send_now]):
+        order = self._by_priority(plan.order)
+        for rank, handle in enumerate(order[: plan.send_now].tolist()):
             if len(dispatches) >= free:
                 break
             if handle not in self._waiting:
@@ -149,7 +153,7 @@ class Scheduler:
         if handle not in self._waiting:
             return None
         position = 0
-        for other in self._order:
+        for other in self._order.tolist():
             if other == handle:
                 return position
             position += other in self._waiting
@@ -158,6 +162,11 @@ class Scheduler:
     def forecast(self, spec: RequestSpec) -> LengthForecast:
         """The output length this request would be planned with."""
         return self._lengths.predict(spec)
+
+    @property
+    def free_slots(self) -> int:
+        """How many more requests may be dispatched before the engine is at its cap."""
+        return max(0, self.limits.max_batch_size - len(self._running))
 
     def statistics(self) -> SchedulerStatistics:
         return SchedulerStatistics(

@@ -1,0 +1,1 @@
+"""What the simulator is made of: requests, engine instances in virtual time, placement, and a prefix cache."""
