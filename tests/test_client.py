@@ -129,7 +129,7 @@ def test_metadata_and_deadline_go_along(server: ScriptedServer, connect: Callabl
     server.script = [answer]
     connect(server.target).call("generate", "x", timeout_s=100, metadata=[("traceparent", "00-1")])
     assert server.metadata[0]["traceparent"] == "00-1"
-    assert 50 < remaining[0] <= 100
+    assert 50 < remaining[0] < 101  # gRPC rounds
 
 
 # -- results --------------------------------------------------------------------

@@ -6,9 +6,11 @@ import asyncio
 import gc
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
 from typing import Any
 
 import grpc
@@ -131,6 +133,8 @@ def test_ctrl_c_during_a_blocking_call_cancels_the_request(server: ScriptedServe
 
     def hang(_request: Any, context: grpc.ServicerContext) -> Any:
         context.add_callback(gone.set)
+        while not main_thread_waits():
+            pass
         os.kill(os.getpid(), signal.SIGINT)
         gone.wait(WAIT_S)
 
@@ -139,6 +143,43 @@ def test_ctrl_c_during_a_blocking_call_cancels_the_request(server: ScriptedServe
         with pytest.raises(KeyboardInterrupt):
             client.generate("x")
         assert gone.wait(WAIT_S)
+
+
+def main_thread_waits() -> bool:
+    """Whether the main thread waits for the result of a call."""
+    frame: FrameType | None = sys._current_frames()[threading.main_thread().ident or 0]
+    names = []
+    while frame is not None:
+        names.append(frame.f_code.co_name)
+        frame = frame.f_back
+    return "wait" in names and "result" in names  # threading.Condition.wait in grpc.Future.result
+
+
+def test_closing_a_client_ends_its_calls(server: ScriptedServer) -> None:
+    started = threading.Semaphore(0)
+    gone = [threading.Event(), threading.Event()]
+
+    def hangs(event: threading.Event) -> Any:
+        def hang(_request: Any, context: grpc.ServicerContext) -> Any:
+            context.add_callback(event.set)
+            started.release()
+            event.wait(WAIT_S)
+            return iter(())
+
+        return hang
+
+    server.script = [hangs(event) for event in gone]
+    client = sdk.Client(server.target)
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(client.generate, "x"), pool.submit(lambda: next(client.stream("x")))]
+        assert all(started.acquire(timeout=WAIT_S) for _ in calls)
+        client.close()
+        for call in calls:
+            with pytest.raises(errors.Cancelled):
+                call.result(WAIT_S)
+    assert all(event.wait(WAIT_S) for event in gone)
+    with pytest.raises(ValueError, match="closed"):
+        client.load()
 
 
 def test_one_client_serves_many_threads(server: ScriptedServer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,13 @@ def tight(tmp_path: Path) -> Iterator[str]:
 
 
 def settled(client: sdk.Client, **expected: int) -> sdk.Load:
-    """The load once it is what is expected; a cancel may still be on its way. Fails by the suite's time limit."""
+    """The load once it is what is expected; a cancel may still be on its way."""
+    gives_up_at_s = time.monotonic() + scripted_server.WAIT_S
     while True:
         load = client.load()
         if all(getattr(load, name) == value for name, value in expected.items()):
             return load
+        assert time.monotonic() < gives_up_at_s, f"not {expected} but {load}"
 
 
 def test_a_stream_says_the_same_as_the_whole_answer(address: str, connect: Callable[..., Any]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
@@ -39,8 +39,6 @@ from lmdeploy_slo.v1 import inference_pb2_grpc
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
-
-_Response = TypeVar("_Response")
 
 
 class AsyncClient:
@@ -128,7 +126,7 @@ class AsyncClient:
         return load_of(await self._unary("GetLoad", pb.GetLoadRequest(), timeout_s))
 
     async def close(self) -> None:
-        """Cancels what is running and closes the connection. Idempotent."""
+        """Cancels what is running and closes the connection; later calls raise. Idempotent."""
         if self._channel is not None:
             await self._channel.close()
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
@@ -32,13 +32,12 @@ from lmdeploy_slo.client.results import (
 )
 from lmdeploy_slo.client.retry import Attempts, RetryPolicy
 from lmdeploy_slo.clock import Clock, MonotonicClock
+from lmdeploy_slo.errors import Cancelled
 from lmdeploy_slo.v1 import inference_pb2 as pb
 from lmdeploy_slo.v1 import inference_pb2_grpc
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
-
-_Response = TypeVar("_Response")
 
 
 class Client:
@@ -134,7 +133,7 @@ class Client:
         return load_of(self._unary(self._stub.GetLoad, pb.GetLoadRequest(), timeout_s))
 
     def close(self) -> None:
-        """Cancels what is running and closes the connection. Idempotent."""
+        """Cancels what is running and closes the connection; later calls raise ValueError. Idempotent."""
         self._channel.close()
 
     def __enter__(self) -> Self:
@@ -147,22 +146,28 @@ class Client:
 
     def _unary(
         self,
-        method: Callable[..., _Response],
+        method: Any,
         request: object,
         timeout_s: float | None,
         metadata: Metadata = (),
         *,
         resend_safe: bool = True,
-    ) -> _Response:
+    ) -> Any:
         attempts = self._attempts(timeout_s=timeout_s, resend_safe=resend_safe)
         while True:
+            call = method.future(request, timeout=attempts.remaining_s(), metadata=metadata)
             try:
-                return method(request, timeout=attempts.remaining_s(), metadata=metadata)
+                return call.result()
+            except grpc.FutureCancelledError:
+                raise Cancelled("the client was closed") from None
             except grpc.RpcError as failure:
                 error = error_of(failure)
                 wait_s = attempts.wait_after_s(error)
                 if wait_s is None:
                     raise error from failure
+            except BaseException:
+                call.cancel()
+                raise
             self._sleep(wait_s)
 
 
