@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,7 @@ def test_ctrl_c_cancels_the_request_in_the_server(tmp_path: Path) -> None:
             process.send_signal(signal.SIGINT)
             _, err = process.communicate(timeout=30)
         assert (process.returncode, err) == (130, "\ncancelled\n")
+        gives_up_at_s = time.monotonic() + scripted_server.WAIT_S
         while (load := client.load()).in_flight:  # the cancel is on its way
-            pass
+            assert time.monotonic() < gives_up_at_s, load
         assert (load.waiting, load.cancelled, load.finished) == (0, 1, 0)
