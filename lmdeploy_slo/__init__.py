@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from lmdeploy_slo.core.request import PriorityClass
     from lmdeploy_slo.core.slo import Slo
     from lmdeploy_slo.errors import SloError
+    from lmdeploy_slo.slo_pipeline import pipeline
 
-__all__ = ["Config", "PriorityClass", "SchedulerConfig", "Slo", "SloError", "__version__"]
+__all__ = ["Config", "PriorityClass", "SchedulerConfig", "Slo", "SloError", "__version__", "pipeline"]
 
 try:
     __version__ = version("lmdeploy-slo")
@@ -28,6 +29,7 @@ _HOME = {
     "SchedulerConfig": "lmdeploy_slo.config",
     "Slo": "lmdeploy_slo.core.slo",
     "SloError": "lmdeploy_slo.errors",
+    "pipeline": "lmdeploy_slo.slo_pipeline",
 }
 
 

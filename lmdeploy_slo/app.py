@@ -25,6 +25,7 @@ from lmdeploy_slo.engine.lmdeploy import LmdeployEngine
 from lmdeploy_slo.engine.lmdeploy_options import LmdeployOptions
 from lmdeploy_slo.engine.prefill_limit import REFERENCE_BATCH, REFERENCE_CONTEXT, SMALLEST_LIMIT, prefill_token_limit
 from lmdeploy_slo.errors import ConfigError, MissingExtra
+from lmdeploy_slo.frontend.openai_door import HttpServer, build_http_app
 from lmdeploy_slo.gateway.options import GatewayOptions
 from lmdeploy_slo.gateway.server import Gateway
 from lmdeploy_slo.prediction.length import TaskLengthPredictor
@@ -40,12 +41,13 @@ _REPORTED = ("grpcio", "protobuf", "numpy", "numba", "lmdeploy", "torch")
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server that takes requests at `address` (host:port)."""
+    """A server that takes requests at `address` (host:port), and over HTTP at `http_address` where it is asked to."""
 
     config: Config
     runtime: Runtime
     gateway: Gateway
     address: str
+    http_address: str | None = None
 
     def __str__(self) -> str:
         engine, info = self.config.engine, self.runtime.engine.info
@@ -53,7 +55,8 @@ class Server:
         serves = (
             f"{info.name} engine, tokens are synthetic" if info.synthetic else f"{info.model} on {info.name}{device}"
         )
-        return f"{self.address} ({serves}; profile {engine.profile}; policy {self.runtime.policy.name})"
+        http = "" if self.http_address is None else f"; HTTP on {self.http_address}"
+        return f"{self.address} ({serves}; profile {engine.profile}; policy {self.runtime.policy.name}{http})"
 
 
 def check(config: Config) -> None:
@@ -155,13 +158,21 @@ async def serving(config: Config, clock: Clock | None = None) -> AsyncIterator[S
     clock = clock or MonotonicClock()
     runtime = build_runtime(config, build_engine(config, clock), clock)
     gateway = Gateway(runtime, gateway_options(config))
+    http: HttpServer | None = None
+    http_address: str | None = None
     try:
         await runtime.start()
         port = await gateway.start(config.server.host, config.server.port)
         host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
-        yield Server(config, runtime, gateway, f"{host}:{port}")
+        if config.server.http_port is not None:
+            routes = build_http_app(runtime, task_slos={name: task.slo for name, task in config.tasks.items()})
+            http = HttpServer(routes, config.server.host, config.server.http_port)
+            http_address = f"{host}:{await http.start()}"
+        yield Server(config, runtime, gateway, f"{host}:{port}", http_address)
     finally:
         await gateway.close()
+        if http is not None:
+            await http.close()
         await runtime.close()
 
 

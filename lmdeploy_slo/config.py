@@ -1,6 +1,6 @@
 """The configuration of a server: a TOML file, then the environment, then command-line flags; read once.
 
-    [server]          host, port, drain_grace_s, default_max_new_tokens, max_message_bytes
+    [server]          host, port, http_port, drain_grace_s, default_max_new_tokens, max_message_bytes
     [engine]          kind, model, profile, max_batch_size, max_prefill_tokens, prefill_for_tpot_ms, kv_tokens,
                       max_session_tokens; of LMDeploy alone: device, patched, look_ahead, chat_template,
                       trust_remote_code
@@ -75,10 +75,14 @@ class _Section(BaseModel):
 
 
 class ServerConfig(_Section):
-    """Where the server listens, and how it ends. port 0: the operating system chooses."""
+    """Where the server listens, and how it ends. port 0: the operating system chooses.
+
+    http_port: where LMDeploy's own HTTP routes (OpenAI's among them) are served as well; unset: nowhere.
+    """
 
     host: str = Field(default="127.0.0.1", min_length=1)
     port: int = Field(default=50051, ge=0, le=65535)
+    http_port: int | None = Field(default=None, ge=0, le=65535)
     drain_grace_s: float = Field(default=30.0, ge=0)  # how long SIGTERM waits for requests that have not ended
     default_max_new_tokens: int = Field(default=512, ge=1)  # of requests that name none
     max_message_bytes: int = Field(default=16 * 1024 * 1024, ge=4096)  # longest request taken
@@ -179,6 +183,8 @@ class Config(_Sections):
             raise ValueError(f"the emulated engine takes no model: leave {model!r} out, or choose the engine lmdeploy")
         if kind is EngineKind.LMDEPLOY and model is None:
             raise ValueError("the engine lmdeploy needs a model")
+        if kind is EngineKind.EMULATED and self.server.http_port is not None:
+            raise ValueError("http_port: the HTTP routes are LMDeploy's, the emulated engine has gRPC alone")
         return self
 
     def to_toml(self) -> str:

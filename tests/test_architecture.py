@@ -24,7 +24,9 @@ MAY_IMPORT = {
     "runtime": {"engine", "scheduling", "prediction", "core", "clock", "errors"},
     "gateway": {"v1", "runtime", "engine", "scheduling", "prediction", "core", "clock", "errors"},
     "client": {"v1", "core", "clock", "errors"},
-    "app": {"config", "gateway", "runtime", "engine", "scheduling", "prediction", "core", "clock", "errors"},
+    "frontend": {"runtime", "engine", "scheduling", "prediction", "core", "clock", "errors"},
+    "slo_pipeline": {"app", "config", "frontend", "runtime", "engine", "prediction", "core", "clock", "errors"},
+    "app": {"config", "frontend", "gateway", "runtime", "engine", "scheduling", "prediction", "core", "clock", "errors"},
     "offline": {"v1", "client", "engine", "scheduling", "prediction", "core", "clock", "errors", "config"},
     "testing": {"v1", "runtime", "engine", "scheduling", "prediction", "core", "clock", "errors"},
 }
@@ -32,10 +34,23 @@ ABOVE_ALL = {"cli", "__init__", "__main__"}
 
 # Foreign package -> the paths below lmdeploy_slo that may import it.
 AT_HOME = {
-    "asyncio": ("app.py", "cli/", "client/", "engine/", "gateway/", "offline/", "runtime/", "testing/"),
+    "asyncio": (
+        "app.py",
+        "cli/",
+        "client/",
+        "engine/",
+        "frontend/",
+        "gateway/",
+        "offline/",
+        "runtime/",
+        "slo_pipeline.py",
+        "testing/",
+    ),
     "grpc": ("cli/", "client/", "gateway/", "offline/", "v1/"),
     "numba": ("scheduling/",),
-    "lmdeploy": ("engine/",),
+    "lmdeploy": ("engine/", "frontend/", "slo_pipeline.py"),
+    "fastapi": ("frontend/",),
+    "uvicorn": ("frontend/",),
     "torch": ("engine/",),
     "transformers": ("engine/",),
     "ray": ("engine/",),

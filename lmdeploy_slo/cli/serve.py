@@ -73,6 +73,9 @@ def serve(
     ),
     host: str | None = _option("server.host", "Address to listen on."),
     port: int | None = _option("server.port", "Port to listen on; 0: a free one."),
+    http_port: int | None = _option(
+        "server.http_port", "Port of LMDeploy's own HTTP routes (OpenAI's among them); 0: a free one."
+    ),
     drain_grace_s: float | None = _option("server.drain_grace_s", "How long a shutdown waits for running requests."),
     config: Path | None = typer.Option(
         None, help="TOML file; environment variables and flags overrule it.", show_default=False
@@ -107,6 +110,7 @@ def serve(
         "server.default_max_new_tokens": default_max_new_tokens,
         "server.host": host,
         "server.port": port,
+        "server.http_port": http_port,
         "server.drain_grace_s": drain_grace_s,
     }
     for field in turbomind:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from lmdeploy_slo.core.request import FinishReason
 from lmdeploy_slo.core.snapshot import EngineLimits
@@ -53,13 +53,18 @@ class Stopping:
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """What the engine needs to generate. `emulated_output_tokens` is read by the emulated engine alone."""
+    """What the engine needs to generate. `emulated_output_tokens` is read by the emulated engine alone.
+
+    prepared: the request as the engine's own code has prepared it; then it alone says what is generated and how, and
+    the fields beside it are what the scheduler is told.
+    """
 
     request_id: str
     prompt_token_ids: Sequence[int]
     stopping: Stopping
     sampling: Sampling = field(default_factory=Sampling)
     emulated_output_tokens: int | None = None
+    prepared: Any = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ from lmdeploy_slo.engine.lmdeploy_options import (
     turbomind_config,
 )
 from lmdeploy_slo.engine.lmdeploy_output import OutputReader
+from lmdeploy_slo.engine.lmdeploy_prepared import PreparedReader
 from lmdeploy_slo.engine.lmdeploy_tokenizer import LmdeployTokenizer
 from lmdeploy_slo.engine.patching import hooks
 from lmdeploy_slo.errors import (
@@ -58,7 +59,7 @@ class _Live:
 
     request: EngineRequest
     session: Any
-    reader: OutputReader
+    reader: OutputReader | PreparedReader
     task: asyncio.Task[None] | None = None
     ended: bool = False
 
@@ -66,7 +67,9 @@ class _Live:
 class LmdeployEngine:
     """See the module, and `engine.base.Engine` for the protocol."""
 
-    def __init__(self, options: LmdeployOptions, clock: Clock) -> None:
+    def __init__(self, options: LmdeployOptions, clock: Clock, async_engine: Any = None) -> None:
+        """async_engine: an AsyncEngine of LMDeploy that was built already, and is closed by whoever did; its event
+        loop must be the one that calls `start`."""
         self.options = options
         self._clock = clock
         self._info = EngineInfo(
@@ -78,7 +81,9 @@ class LmdeployEngine:
             vocab_size=None,
             look_ahead=options.effective_look_ahead,
         )
-        self._pipeline: Any = None
+        self._given = async_engine
+        self._pipeline: Any = None  # where it was built here
+        self._async_engine: Any = None
         self._tokenizer: LmdeployTokenizer | None = None
         self._sink: EventSink | None = None
         self._live: dict[str, _Live] = {}
@@ -102,17 +107,20 @@ class LmdeployEngine:
     @property
     def async_engine(self) -> Any:
         """LMDeploy's AsyncEngine; raises EngineUnavailable where it is not running."""
-        if self._pipeline is None:
+        if self._async_engine is None:
             raise EngineUnavailable(self._gone or "the engine is closed")
-        return self._pipeline.async_engine
+        return self._async_engine
 
     # -- life -----------------------------------------------------------------
 
     async def start(self, sink: EventSink) -> None:
         """Loads the model, in a thread. Raises ConfigError for options LMDeploy refuses, EngineUnavailable for a
         model that cannot be loaded."""
-        self._pipeline = await asyncio.to_thread(self._build)
-        engine = self._pipeline.async_engine
+        engine = self._given
+        if engine is None:
+            self._pipeline = await asyncio.to_thread(self._build)
+            engine = self._pipeline.async_engine
+        self._async_engine = engine
         engine.start_loop(asyncio.get_running_loop(), use_async_api=True)
         self._tokenizer = LmdeployTokenizer(engine)
         self._info = self._describe(engine)
@@ -164,8 +172,7 @@ class LmdeployEngine:
         )
 
     async def close(self) -> None:
-        pipeline, self._pipeline = self._pipeline, None
-        if pipeline is None:
+        if self._async_engine is None:
             return
         self._fail_all("the engine was closed")
         if self._watch is not None:
@@ -175,7 +182,9 @@ class LmdeployEngine:
             _, late = await asyncio.wait(pending, timeout=CLOSE_GRACE_S)
             for task in late:
                 task.cancel()
-        await asyncio.to_thread(pipeline.close)
+        self._async_engine, pipeline, self._pipeline = None, self._pipeline, None
+        if pipeline is not None:
+            await asyncio.to_thread(pipeline.close)
 
     # -- requests -------------------------------------------------------------
 
@@ -183,9 +192,15 @@ class LmdeployEngine:
         if self._gone is not None:
             raise EngineUnavailable(self._gone)
         self._check(request)
-        session = self._pipeline.session()
+        prepared = request.prepared
+        session = self.async_engine.session_mgr.get() if prepared is None else prepared.request.session
         hooks.set_rank(session, rank)
-        live = _Live(request, session, OutputReader(request, self.tokenizer, self._clock))
+        reader = (
+            OutputReader(request, self.tokenizer, self._clock)
+            if prepared is None
+            else PreparedReader(request.request_id, prepared)
+        )
+        live = _Live(request, session, reader)
         self._live[request.request_id] = live
         live.task = self._spawn(self._drive(live, self.async_engine))
 
@@ -205,7 +220,7 @@ class LmdeployEngine:
         return lmdeploy_request.unsupported_fields(request, self._info.vocab_size)
 
     def load(self) -> EngineLoad:
-        if self._gone is not None or self._pipeline is None:
+        if self._gone is not None or self._async_engine is None:
             return EngineLoad(in_flight=len(self._live), active=0, kv_tokens_used=None, kv_usage=None)
         metrics = self.async_engine.engine.get_schedule_metrics()
         kv_tokens = self._info.limits.kv_tokens
@@ -250,6 +265,8 @@ class LmdeployEngine:
     def _check(self, request: EngineRequest) -> None:
         if request.request_id in self._live:
             raise RequestIdInUse(f"request_id {request.request_id!r} is in the engine already")
+        if request.prepared is not None:  # LMDeploy has checked it
+            return
         wrong = [FieldViolation(path, reason) for path, reason in self.unsupported_fields(request)]
         prompt, longest, vocabulary = request.prompt_token_ids, self._info.max_session_tokens, self._info.vocab_size
         if not prompt:
@@ -271,13 +288,16 @@ class LmdeployEngine:
         try:
             if live.ended:  # aborted before anything was done
                 return
-            prepared = await engine.preprocess(
-                None,
-                live.session,
-                gen_config=self._generation_config(request),
-                input_ids=list(request.prompt_token_ids),
-            )
-            self._correct_stop_tokens(request, prepared.gen_config, engine.stop_words or ())
+            if request.prepared is not None:
+                prepared = request.prepared.request
+            else:
+                prepared = await engine.preprocess(
+                    None,
+                    live.session,
+                    gen_config=self._generation_config(request),
+                    input_ids=list(request.prompt_token_ids),
+                )
+                self._correct_stop_tokens(request, prepared.gen_config, engine.stop_words or ())
             async with contextlib.aclosing(engine.generate(prepared, stream_response=True)) as outputs:
                 async for output in outputs:
                     if not live.ended:

@@ -191,7 +191,11 @@ def set_rank(session: Any, rank: int) -> None:
 
 
 def abort_waiting(session: Any) -> None:
-    """Ends a session's request where it waits for a handle; does nothing elsewhere."""
+    """Ends a session's request where it waits, for a handle or, by `session.slo_abort`, with a scheduler before that;
+    does nothing elsewhere."""
+    abort = getattr(session, "slo_abort", None)
+    if abort is not None:
+        abort()
     place: Place | None = getattr(session, "slo_place", None)
     if place is not None:
         place.abort()
