@@ -24,10 +24,13 @@ from lmdeploy_slo.prediction.length import LengthPredictor, TaskLengthPredictor
 from lmdeploy_slo.scheduling.policy import Policy
 from lmdeploy_slo.scheduling.scheduler import Scheduler
 
-__all__ = ["PLAN_LATENCY_S", "SimulatedRequest", "Simulator"]
+__all__ = ["PLAN_EVALUATIONS", "PLAN_LATENCY_S", "SimulatedRequest", "Simulator"]
 
 PLAN_LATENCY_S = 0.002
 """From a snapshot to its plan being applied: the planning budget of `serve`."""
+
+PLAN_EVALUATIONS = 800
+"""Plans scored in that time, about: docs/simulator.md says how it was measured."""
 
 
 class Simulator:
@@ -92,6 +95,13 @@ class Simulator:
     def evictions(self) -> int:
         """How often a sequence was evicted for want of KV memory."""
         return sum(instance.batch.evictions for instance in self.instances)
+
+    @property
+    def prefix_hit_ratio(self) -> float | None:
+        """Prompt tokens found in the prefix caches / all prompt tokens sent; None without a cache or a prompt."""
+        caches = [instance.prefix_cache for instance in self.instances if instance.prefix_cache is not None]
+        looked_up = sum(cache.looked_up_tokens for cache in caches)
+        return sum(cache.hit_tokens for cache in caches) / looked_up if looked_up else None
 
     def run(
         self, requests: Iterable[SimulatedRequest], on_progress: Callable[[int], None] | None = None

@@ -1,0 +1,151 @@
+"""`lmdeploy_slo simulate`: recorded traces in virtual time, one run per policy and speedup."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from lmdeploy_slo.cli import simulation_options as options
+from lmdeploy_slo.offline.experiment import Load, Outcome, run_once
+from lmdeploy_slo.offline.report import runs_table
+from lmdeploy_slo.offline.results import check_writable, write_requests, write_results
+from lmdeploy_slo.offline.simulator import PLAN_EVALUATIONS, PLAN_LATENCY_S
+from lmdeploy_slo.offline.slo_grammar import parse_slo_options
+
+_DEFAULTS = options.DEFAULTS
+
+
+def simulate(
+    traces: options.Traces,
+    profile: options.Profile = _DEFAULTS.engine.profile,
+    policy: Annotated[
+        str, typer.Option(metavar="P[,P...]", help="Policies, one run each.")
+    ] = _DEFAULTS.scheduler.policy,
+    speedup: Annotated[str, typer.Option(metavar="X[,X...]", help="Divides all arrival times; one run each.")] = "1",
+    limit: options.Limit = None,
+    task: options.Task = None,
+    slo: options.Slos = None,
+    slo_scale: options.SloScale = 1.0,
+    max_batch_size: options.MaxBatchSize = _DEFAULTS.engine.max_batch_size,
+    max_prefill_tokens: options.MaxPrefillTokens = _DEFAULTS.engine.max_prefill_tokens,
+    kv_tokens: options.KvTokens = _DEFAULTS.engine.kv_tokens,
+    prefix_cache_tokens: options.PrefixCacheTokens = None,
+    instances: options.Instances = 1,
+    length_noise: options.LengthNoise = None,
+    length_bias: options.LengthBias = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the hints and of the policies.")] = 0,
+    planner_profile: options.PlannerProfile = None,
+    planner_scale: options.PlannerScale = 1.0,
+    plan_evaluations: options.PlanEvaluations = PLAN_EVALUATIONS,
+    plan_latency_ms: options.PlanLatencyMs = PLAN_LATENCY_S * 1e3,
+    json_out: Annotated[Path | None, typer.Option("--json", metavar="OUT", help="Write the result file.")] = None,
+    requests_out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.csv",
+            help="Write one line per request; of several runs each to a file of its own, FILE.POLICY.xSPEEDUP.csv.",
+        ),
+    ] = None,
+    traces_folder: options.TracesFolder = None,
+) -> None:
+    """Replay recorded traces in virtual time, without a server.
+
+    The scheduling code and the engine's batch are those of serve with the emulated engine; the options shared with
+    serve and replay mean the same, and the requests are the same for the same options. The same seed gives the same
+    files, byte for byte; how long it took goes to the terminal alone.
+    """
+    policies = options.split_policies(policy)
+    speedups = options.split_list("--speedup", speedup, float)
+    slos = parse_slo_options(slo or [], slo_scale)
+    fleet = options.build_fleet(
+        profile=profile,
+        planner_profile=planner_profile,
+        planner_scale=planner_scale,
+        max_batch_size=max_batch_size,
+        max_prefill_tokens=max_prefill_tokens,
+        kv_tokens=kv_tokens,
+        instances=instances,
+        prefix_cache_tokens=prefix_cache_tokens,
+        plan_evaluations=plan_evaluations,
+        plan_latency_ms=plan_latency_ms,
+    )
+    runs = [(name, factor) for factor in speedups for name in policies]
+    request_files = [requests_out and request_file(requests_out, *run, several=len(runs) > 1) for run in runs]
+    check_writable([json_out, *request_files])
+    rows = options.read_rows(traces, task, traces_folder)
+
+    outcomes: list[Outcome] = []
+    remarks: list[str] = []
+    total = len(rows) if limit is None else min(limit, len(rows))
+    with _progress() as progress:
+        for (name, factor), file in zip(runs, request_files, strict=True):
+            label = f"{name} x{factor:g}"
+            began_at_s = time.monotonic()
+            outcome = run_once(
+                rows,
+                Load(slos, factor, limit, length_noise, length_bias),
+                fleet,
+                name,
+                seed,
+                on_progress=_bar(progress, label, total),
+            )
+            remarks.append(f"{label}: {_remark(outcome, time.monotonic() - began_at_s)}")
+            if file is not None:
+                write_requests(file, outcome.records)
+            outcome.records.clear()
+            outcomes.append(outcome)
+    results = [outcome.run for outcome in outcomes]
+    if json_out is not None:
+        write_results(json_out, results)
+    console = Console()
+    console.print(runs_table(results))
+    for text in remarks:
+        console.print(text, markup=False, highlight=False)
+
+
+def request_file(path: Path, policy: str, speedup: float, *, several: bool) -> Path:
+    """Where the requests of a run are written."""
+    return path.with_suffix(f".{policy}.x{speedup:g}{path.suffix}") if several else path
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("arrived"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), refresh_per_second=4) as progress:
+        yield progress
+
+
+def _bar(progress: Progress, label: str, total: int) -> Callable[[int], None]:
+    """A bar for one run, and what moves it."""
+    line = progress.add_task(label, total=total)
+    stride = max(1, total // 200)
+
+    def on_progress(arrived: int) -> None:
+        if arrived % stride == 0 or arrived == total:
+            progress.update(line, completed=arrived)
+
+    return on_progress
+
+
+def _remark(outcome: Outcome, elapsed_s: float) -> str:
+    parts = (
+        f"simulated in {elapsed_s:.1f} s",
+        f"{outcome.plans:,} plans",
+        f"{outcome.evaluations:,} evaluations" if outcome.evaluations else "",
+        f"{outcome.evictions:,} evictions" if outcome.evictions else "",
+        "" if outcome.prefix_hit_ratio is None else f"{outcome.prefix_hit_ratio:.1%} of prompt tokens cached",
+    )
+    return ", ".join(part for part in parts if part)

@@ -1,0 +1,150 @@
+"""Options that the commands around the simulator share, and how they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+from lmdeploy_slo.cli.replay import find_traces
+from lmdeploy_slo.config import ENV_TRACES_DIR, Config, traces_dir
+from lmdeploy_slo.core.snapshot import EngineLimits
+from lmdeploy_slo.errors import ConfigError
+from lmdeploy_slo.offline.experiment import Fleet
+from lmdeploy_slo.offline.traces import TraceRow, read_traces
+from lmdeploy_slo.prediction.profiles import load_profile
+from lmdeploy_slo.scheduling.policy import policy_names
+
+DEFAULTS = Config()
+
+T = TypeVar("T")
+
+Traces = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="TRACE...",
+        help="Azure CSV, Mooncake JSON lines or arrival_s,input_tokens,output_tokens,task_class; gzipped or not. "
+        "Several are merged on the instants they recorded.",
+    ),
+]
+Task = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TASK", help="Task of all rows of a trace; once per TRACE, in the same order."),
+]
+TracesFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--traces",
+        metavar="DIR",
+        help=f"Where a TRACE is looked for that is not found as named; else {ENV_TRACES_DIR}.",
+    ),
+]
+Limit = Annotated[int | None, typer.Option(help="Only the first so many requests.")]
+Slos = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--slo",
+        metavar="TASK=KIND:MS,...",
+        help="SLO of a task, such as code=e2e:2000 or chat=ttft:1000,tpot:50; default=... for tasks not named. "
+        "May be repeated; a task without one has no SLO.",
+    ),
+]
+SloScale = Annotated[float, typer.Option(help="Multiplies every objective.")]
+LengthNoise = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SIGMA",
+        help="The scheduler gets a hint: the true output length times lognormal(0, SIGMA), 0 for exact. Without it, "
+        "the project's own length predictor.",
+    ),
+]
+LengthBias = Annotated[float, typer.Option(help="Multiplies the hints; with --length-noise.")]
+Profile = Annotated[str, typer.Option(metavar="NAME|FILE", help="Step-model profile of the engine.")]
+MaxBatchSize = Annotated[int, typer.Option(metavar="B", min=1, help="Requests in flight per instance, at most.")]
+MaxPrefillTokens = Annotated[int, typer.Option(metavar="M", min=1, help="Prompt tokens per forward pass, at most.")]
+KvTokens = Annotated[
+    int | None, typer.Option(metavar="K", min=1, help="KV cache of each instance, tokens; default: no bound.")
+]
+PrefixCacheTokens = Annotated[
+    int | None,
+    typer.Option(
+        metavar="TOKENS",
+        min=0,
+        help="Prefix cache of each instance, for traces that name prompt blocks of 512 tokens (Mooncake's hash_ids); "
+        "default: none.",
+    ),
+]
+Instances = Annotated[
+    int, typer.Option(metavar="I", min=1, help="Engines; a request goes to the one with the least outstanding work.")
+]
+PlannerProfile = Annotated[
+    str | None,
+    typer.Option(metavar="NAME|FILE", help="What the planner believes of the engine; default: the truth."),
+]
+PlannerScale = Annotated[float, typer.Option(metavar="X", help="Multiplies the coefficients the planner believes.")]
+PlanEvaluations = Annotated[
+    int, typer.Option(metavar="N", min=1, help="Planning budget: plans scored in one search, at most.")
+]
+PlanLatencyMs = Annotated[
+    float, typer.Option(metavar="T", min=0.0, help="Virtual time from a snapshot to its plan being applied.")
+]
+
+
+def read_rows(traces: Sequence[str], tasks: Sequence[str] | None, folder: Path | None) -> list[TraceRow]:
+    """The rows of the traces named, looked for as `replay` does."""
+    return read_traces(find_traces(traces, folder or traces_dir()), tasks or [])
+
+
+def build_fleet(
+    *,
+    profile: str,
+    planner_profile: str | None,
+    planner_scale: float,
+    max_batch_size: int,
+    max_prefill_tokens: int,
+    kv_tokens: int | None,
+    instances: int,
+    prefix_cache_tokens: int | None,
+    plan_evaluations: int,
+    plan_latency_ms: float,
+) -> Fleet:
+    """The engines the options describe; raises ConfigError."""
+    model = load_profile(profile).step_model
+    believed = model if planner_profile is None else load_profile(planner_profile).step_model
+    if not 0 < planner_scale < float("inf"):
+        raise ConfigError(f"--planner-scale: must be a positive number, got {planner_scale}")
+    return Fleet(
+        model=model,
+        planner_model=believed if planner_scale == 1 else believed.scaled(planner_scale),
+        limits=EngineLimits(max_batch_size, max_prefill_tokens, kv_tokens),
+        instances=instances,
+        prefix_cache_tokens=prefix_cache_tokens,
+        plan_evaluations=plan_evaluations,
+        plan_latency_s=plan_latency_ms / 1e3,
+    )
+
+
+def split_list(option: str, text: str, convert: Callable[[str], T]) -> list[T]:
+    """The values of `A,B,...`; raises ConfigError for one that cannot be read, an empty list and a repetition."""
+    values: list[T] = []
+    for part in text.split(","):
+        try:
+            value = convert(part.strip())
+        except ValueError:
+            raise ConfigError(f"{option}: cannot read {part.strip()!r} in {text!r}") from None
+        if value in values:
+            raise ConfigError(f"{option}: {part.strip()} is named twice")
+        values.append(value)
+    return values
+
+
+def split_policies(text: str) -> list[str]:
+    """Policy names of `A,B,...`; raises ConfigError, listing the names, for an unknown one."""
+    known = policy_names()
+    names = split_list("--policy", text, str)
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"--policy: {name!r} is unknown; choose one of {', '.join(known)}")
+    return names

@@ -1,0 +1,110 @@
+"""One simulated run from its description: the same description gives the same records, in whichever process it is run.
+
+`simulate`, `compare` and `capacity` describe runs; this module makes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lmdeploy_slo.core.latency_model import StepModel
+from lmdeploy_slo.core.metrics import RequestRecord, summarize
+from lmdeploy_slo.core.slo import Slo
+from lmdeploy_slo.core.snapshot import EngineLimits
+from lmdeploy_slo.offline.simulation.requests import simulated_requests
+from lmdeploy_slo.offline.simulator import PLAN_EVALUATIONS, PLAN_LATENCY_S, Simulator
+from lmdeploy_slo.offline.traces import TraceRow
+from lmdeploy_slo.offline.workload import OfferedRequest, build_workload
+from lmdeploy_slo.scheduling.policy import Policy, SearchBudget, make_policy
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What is offered, but for the trace and the seed; see `workload.build_workload`."""
+
+    slos: Mapping[str, Slo] = field(default_factory=dict)
+    speedup: float = 1.0
+    limit: int | None = None
+    length_noise: float | None = None
+    length_bias: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """What serves it: `instances` engines that are alike.
+
+    model: the engines' true coefficients; planner_model: what the planner believes. plan_evaluations: the planning
+    budget, >= 1; plan_latency_s: the time charged for a plan, >= 0.
+    """
+
+    model: StepModel
+    planner_model: StepModel
+    limits: EngineLimits = field(default_factory=EngineLimits)
+    instances: int = 1
+    prefix_cache_tokens: int | None = None
+    plan_evaluations: int = PLAN_EVALUATIONS
+    plan_latency_s: float = PLAN_LATENCY_S
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a run. run: as in a result file; the rest is for people."""
+
+    run: dict[str, Any]
+    records: list[RequestRecord]
+    plans: int
+    evaluations: int
+    evictions: int
+    prefix_hit_ratio: float | None  # cached / all prompt tokens; None without a prefix cache
+
+
+def offered_requests(rows: Sequence[TraceRow], load: Load, seed: int) -> list[OfferedRequest]:
+    """The requests of a run, in order of arrival; raises ConfigError for what `build_workload` refuses."""
+    return build_workload(
+        rows,
+        slos=load.slos,
+        speedup=load.speedup,
+        limit=load.limit,
+        length_noise=load.length_noise,
+        length_bias=load.length_bias,
+        seed=seed,
+    )
+
+
+def run_once(
+    rows: Sequence[TraceRow],
+    load: Load,
+    fleet: Fleet,
+    policy: str,
+    seed: int,
+    on_progress: Callable[[int], None] | None = None,
+) -> Outcome:
+    """Simulates one run. The seed is that of the length hints and, with the instance's number added, of each policy.
+
+    Raises ConfigError for an unknown policy and for what `build_workload` refuses.
+    """
+
+    def policy_of(instance: int) -> Policy:
+        budget = SearchBudget(time_s=None, evaluations=fleet.plan_evaluations)
+        return make_policy(policy, seed=seed + instance, budget=budget)
+
+    simulator = Simulator(
+        policy_of,
+        model=fleet.model,
+        limits=fleet.limits,
+        planner_model=fleet.planner_model,
+        plan_latency_s=fleet.plan_latency_s,
+        instances=fleet.instances,
+        prefix_cache_tokens=fleet.prefix_cache_tokens,
+    )
+    records = simulator.run(simulated_requests(offered_requests(rows, load, seed)), on_progress)
+    return Outcome(
+        summarize(records, policy=policy, speedup=load.speedup, seed=seed),
+        records,
+        simulator.plans,
+        simulator.evaluations,
+        simulator.evictions,
+        simulator.prefix_hit_ratio,
+    )
