@@ -20,6 +20,7 @@ from lmdeploy_slo.core.plan import Plan, PlanQuality
 from lmdeploy_slo.core.snapshot import EngineLimits, Rows, Snapshot
 from lmdeploy_slo.scheduling import annealing_kernel as kernel
 from lmdeploy_slo.scheduling.annealing_kernel import NEVER, QUANTILES
+from lmdeploy_slo.scheduling.fcfs_backlog import FcfsBacklog
 from lmdeploy_slo.scheduling.policy import SearchBudget
 from lmdeploy_slo.scheduling.rules import engine_time_s, rule_order
 from lmdeploy_slo.scheduling.shadow_price import ShadowPrice
@@ -53,6 +54,9 @@ class AnnealingOptions:
     its engine time; in a lull it pays less, so that lulls are used. leftovers_per_plan: how many may start at once.
     commitment: worth of a running request in terms of a waiting one; above 1, because what was spent on it is lost with
     it, and whoever takes its place may be given up in turn.
+    patience: > 0, the knob between attainment and the longest waits. A leftover that has waited this many times the
+    longest wait FCFS would have caused of late may cost the others ever more. 1 shortens the tail and costs several
+    points of attainment in overload; above 3 only lulls serve them.
     """
 
     max_candidates: int = 48
@@ -64,6 +68,7 @@ class AnnealingOptions:
     leftover_loss: float = 0.02
     congestion_s: float = 0.5
     commitment: float = 2.0
+    patience: float = 2.0
     leftovers_per_plan: int = 4
 
 
@@ -86,6 +91,7 @@ class AnnealingPolicy:
         self._clock = clock or MonotonicClock()
         self._state = np.array([(seed + 1) * 0x9E3779B97F4A7C15 % 2**64 | 1], dtype=np.uint64)
         self._price = ShadowPrice(self._options.price_window_s, self._options.price_capacity)
+        self._backlog = FcfsBacklog()
         self._spread = np.linspace(-1.0, 1.0, QUANTILES) * self._options.length_spread
         self._base = kernel.make_base()
         self._scratch = kernel.make_scratch()
@@ -106,6 +112,7 @@ class AnnealingPolicy:
         waiting = snapshot.waiting
         self._batch = float(min(PRICE_BATCH, snapshot.limits.max_batch_size))  # one type: one compiled kernel
         self._price.learn(snapshot, self._batch)
+        self._backlog.learn(snapshot, self._batch)
         oldest_first = rule_order(snapshot, "fcfs")
         if snapshot.free_slots == 0 or not len(waiting):
             return Plan(order=waiting["handle"][oldest_first], send_now=0)
@@ -116,8 +123,8 @@ class AnnealingPolicy:
         send = rows[best == 0]
         leftovers = oldest_first[~hopeful[oldest_first]]
         extra = kernel.admit_leftovers(
-            waiting, leftovers, self._options.leftovers_per_plan, self._options.leftover_loss,
-            self._price_s * self._congestion(n), self._batch, best, n, *stage,
+            waiting, leftovers, self._options.leftovers_per_plan, snapshot.now_s, self._options.leftover_loss,
+            self._options.patience * self._backlog.longest_s, self._price_s * self._congestion(n), self._batch, best, n, *stage,
         )  # fmt: skip
         if not len(send) and not extra and not len(snapshot.running):
             # An idle engine earns nothing: whatever the price, somebody goes.

@@ -29,6 +29,9 @@ WAVES = np.array([0, 1, 2, 4, 7, 11, 16, 24, 36, 52], dtype=np.int64)
 
 EPSILON = 1e-9
 
+IMPATIENCE = 6.0
+"""How fast a hopeless request gains weight once it has waited longer than patience asks of it."""
+
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
@@ -370,13 +373,14 @@ def anneal(
 
 @_jit
 def admit_leftovers(
-    rows: Any, order: Any, most: Any, loss: Any, price_s: Any, reference_batch: Any, admit: Any, n: Any, pace: Any,
-    base: Any, steps: Any, stakes: Any, at_stake: Any, candidates: Any, scratch: Any,
+    rows: Any, order: Any, most: Any, now_s: Any, loss: Any, patience_s: Any, price_s: Any, reference_batch: Any,
+    admit: Any, n: Any, pace: Any, base: Any, steps: Any, stakes: Any, at_stake: Any, candidates: Any, scratch: Any,
 ) -> Any:  # fmt: skip
     """How many of the rows in `order` may be sent now on top of the plan for at most `loss` each.
 
     These are requests with nothing to gain: without an objective, or with one that is lost. The loss is what the
-    plan's score falls by, plus the price of their engine time. Changes `base`.
+    plan's score falls by, plus the price of their engine time; who has waited longer than `patience_s` may cost
+    (wait / patience_s) ** IMPATIENCE as much. Changes `base`.
     """
     score = rollout(admit, n, pace, base, steps, stakes, at_stake, candidates, scratch)
     taken = 0
@@ -391,7 +395,8 @@ def admit_leftovers(
             base.decoding[s] += 1.0
             base.context[s] += prompt + (s - 1)
         value = rollout(admit, n, pace, base, steps, stakes, at_stake, candidates, scratch)
-        if score - value + price_s * engine_s > loss:
+        waited = max(1.0, (now_s - row["arrival_at_s"]) / patience_s)
+        if score - value + price_s * engine_s > loss * waited**IMPATIENCE:
             break
         score = value
         taken += 1
