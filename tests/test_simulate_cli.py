@@ -124,7 +124,7 @@ def test_without_noise_the_lengths_are_learnt(monkeypatch: pytest.MonkeyPatch, t
     with requests.open(newline="") as file:
         predicted = [float(line["predicted_output_tokens"]) for line in csv.DictReader(file)]
     assert predicted[0] == max(row.output_tokens for row in read_traces([trace]))  # the prior is cut at the longest
-    assert len(set(predicted)) > 10
+    assert len(set(predicted)) > 5
 
 
 def test_what_the_planner_believes_changes_its_plans_alone(
