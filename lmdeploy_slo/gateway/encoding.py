@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lmdeploy_slo.core.request import FinishReason
 from lmdeploy_slo.core.slo import Slo, Timing
-from lmdeploy_slo.engine.base import TokenLogprob
+from lmdeploy_slo.engine.base import EngineEvent, TokenLogprob
 from lmdeploy_slo.runtime.stream import Completion, Delta
 from lmdeploy_slo.scheduling.admission import Forecast
 from lmdeploy_slo.v1 import inference_pb2 as pb
@@ -19,16 +19,34 @@ _REASONS = {
 _Response = pb.GenerateStreamResponse
 
 
-def encode_delta(delta: Delta) -> bytes:
-    """A `GenerateStreamResponse` on the wire. Called once a message: the short way is the common one."""
-    if delta.completion is None and delta.logprobs is None:
-        return _Response(token_ids=delta.token_ids, text=delta.text).SerializeToString()
-    return _Response(
-        token_ids=delta.token_ids,
-        text=delta.text,
-        logprobs=_logprobs(delta.logprobs),
-        completion=None if delta.completion is None else to_completion(delta.completion),
-    ).SerializeToString()
+def encode_events(events: Sequence[EngineEvent], completion: Completion | None) -> list[bytes]:
+    """A `GenerateStreamResponse` on the wire for each event, the last with the completion, which may stand alone."""
+    messages = [encode_event(event) for event in events]
+    if completion is not None:
+        # Fields of a serialised message may follow each other in any number of pieces.
+        tail = _Response(completion=to_completion(completion)).SerializeToString()
+        messages[-1:] = [messages[-1] + tail] if messages else [tail]
+    return messages
+
+
+def encode_event(event: EngineEvent) -> bytes:
+    """The tokens and text of one event.
+
+    Called for every message, most often for a single token with a little text: that case is written out by hand, in a
+    third of the time the generated class takes, byte for byte the same.
+    """
+    token_ids = event.token_ids
+    if event.logprobs is None and len(token_ids) == 1:
+        token_id, text = token_ids[0], event.text.encode()
+        if 0 < len(text) < 0x80:
+            if token_id < 0x80:
+                return b"\x0a\x01%c\x12%c%b" % (token_id, len(text), text)
+            if token_id < 0x4000:
+                return b"\x0a\x02%c%c\x12%c%b" % (token_id & 0x7F | 0x80, token_id >> 7, len(text), text)
+            if token_id < 0x200000:
+                low, middle = token_id & 0x7F | 0x80, token_id >> 7 & 0x7F | 0x80
+                return b"\x0a\x03%c%c%c\x12%c%b" % (low, middle, token_id >> 14, len(text), text)
+    return _Response(token_ids=token_ids, text=event.text, logprobs=_logprobs(event.logprobs)).SerializeToString()
 
 
 def encode_whole(delta: Delta) -> bytes:

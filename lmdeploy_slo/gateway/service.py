@@ -6,10 +6,9 @@ defect, and a token is on the wire with the least work between.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -31,7 +30,7 @@ from lmdeploy_slo.gateway.options import GatewayOptions
 from lmdeploy_slo.gateway.status import internal_error, to_status
 from lmdeploy_slo.gateway.validation import accept
 from lmdeploy_slo.runtime.runtime import Runtime
-from lmdeploy_slo.runtime.stream import RequestStream
+from lmdeploy_slo.runtime.stream import Completion, RequestStream
 from lmdeploy_slo.scheduling.admission import unmet_objectives
 from lmdeploy_slo.v1 import inference_pb2 as pb
 
@@ -41,7 +40,7 @@ SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 
 _M = TypeVar("_M", bound=Message)
 _Context = grpc.aio.ServicerContext[Any, Any]
-_Rpc = Callable[[bytes, _Context], Awaitable[bytes | None]]
+_Rpc = Callable[[bytes, _Context], Awaitable[bytes]]
 
 
 class InferenceService:
@@ -66,7 +65,7 @@ class InferenceService:
         methods: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
             name: grpc.unary_unary_rpc_method_handler(_guarded(rpc)) for name, rpc in unary.items()
         }
-        methods["GenerateStream"] = grpc.unary_stream_rpc_method_handler(_guarded(self.generate_stream))
+        methods["GenerateStream"] = grpc.unary_stream_rpc_method_handler(self.generate_stream)
         return grpc.method_handlers_generic_handler(SERVICE_NAME, methods)
 
     # -- generation -----------------------------------------------------------
@@ -79,15 +78,25 @@ class InferenceService:
             stream.cancel(_why_gone(context))
 
     async def generate_stream(self, data: bytes, context: _Context) -> None:
-        stream = await self._submit(data, context)
-        write, encode = context.write, encoding.encode_delta
+        """Every token passes here: what is done between two writes counts, hence the batches and the flat body."""
+        stream: RequestStream | None = None
+        completion: Completion | None = None
+        write = context.write
         try:
-            async for delta in stream:
-                await write(encode(delta))
+            stream = await self._submit(data, context)
+            while completion is None:
+                events, completion = await stream.ready()
+                for message in encoding.encode_events(events, completion):
+                    await write(message)
+                    if stream.failed:
+                        break
         except grpc.aio.BaseError:  # the message could not be sent: the client went away a moment ago
-            logger.debug("request %s: its client is gone", stream.request_id)
+            logger.debug("a client is gone before its last message")
+        except Exception as error:
+            await _tell(error, context)
         finally:
-            stream.cancel(_why_gone(context))
+            if stream is not None:
+                stream.cancel(_why_gone(context))
 
     async def _submit(self, data: bytes, context: _Context) -> RequestStream:
         arrival_at_s = self._clock.now_s()
@@ -220,21 +229,25 @@ def _passed_on(aliases: Aliases) -> tuple[tuple[str, str], ...]:
 
 
 def _guarded(rpc: _Rpc) -> _Rpc:
-    """Tells the client of expected errors by their status, of all others nothing but that there was one."""
+    """Has the client told of whatever the RPC raises."""
 
-    async def guarded(data: bytes, context: _Context) -> bytes | None:
+    async def guarded(data: bytes, context: _Context) -> bytes:
         try:
             return await rpc(data, context)
-        except asyncio.CancelledError:
-            raise
-        except RequestError as error:
-            expected = error
-            logger.debug("%s: %s", error.reason, error)
-        except Exception:
-            logger.exception("an RPC failed unexpectedly")
-            expected = internal_error()
-        status = rpc_status.to_status(to_status(expected))
-        passed_on = _passed_on(read_aliases(context.invocation_metadata()))
-        return await context.abort(status.code, status.details, (*passed_on, *status.trailing_metadata))
+        except Exception as error:
+            return await _tell(error, context)
 
     return guarded
+
+
+async def _tell(error: Exception, context: _Context) -> NoReturn:
+    """Ends the call: an expected error goes to the client as its status, of any other only that there was one."""
+    if isinstance(error, RequestError):
+        expected = error
+        logger.debug("%s: %s", error.reason, error)
+    else:
+        logger.error("an RPC failed unexpectedly", exc_info=error)
+        expected = internal_error()
+    status = rpc_status.to_status(to_status(expected))
+    passed_on = _passed_on(read_aliases(context.invocation_metadata()))
+    await context.abort(status.code, status.details, (*passed_on, *status.trailing_metadata))

@@ -44,6 +44,16 @@ _PRIORITIES = {
     pb.PRIORITY_CLASS_SYSTEM: PriorityClass.SYSTEM,
 }
 
+_SAMPLING_RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    ("temperature", lambda v: 0 <= v <= 2, "must be from 0 to 2"),
+    ("top_p", lambda v: 0 < v <= 1, "must be above 0, at most 1"),
+    ("top_k", lambda v: v >= 0, "must be 0 or more"),
+    ("min_p", lambda v: 0 <= v <= 1, "must be from 0 to 1"),
+    ("repetition_penalty", lambda v: 0 < v <= 10, "must be above 0, at most 10"),
+    ("seed", lambda v: True, ""),
+    ("logprobs", lambda v: 1 <= v <= MAX_LOGPROBS, f"must be from 1 to {MAX_LOGPROBS}"),
+)
+
 
 _Argument = TypeVar("_Argument")
 
@@ -263,17 +273,8 @@ def _slo(request: pb.GenerateRequest, aliases: Aliases, options: GatewayOptions,
 
 
 def _sampling(message: pb.SamplingParams, check: _Check) -> Sampling:
-    ranges = (
-        ("temperature", lambda v: 0 <= v <= 2, "must be from 0 to 2"),
-        ("top_p", lambda v: 0 < v <= 1, "must be above 0, at most 1"),
-        ("top_k", lambda v: v >= 0, "must be 0 or more"),
-        ("min_p", lambda v: 0 <= v <= 1, "must be from 0 to 1"),
-        ("repetition_penalty", lambda v: 0 < v <= 10, "must be above 0, at most 10"),
-        ("seed", lambda v: True, ""),
-        ("logprobs", lambda v: 1 <= v <= MAX_LOGPROBS, f"must be from 1 to {MAX_LOGPROBS}"),
-    )
     values = {}
-    for name, holds, limit in ranges:
+    for name, holds, limit in _SAMPLING_RANGES:
         if message.HasField(name):
             values[name] = getattr(message, name)
             check.that(holds(values[name]), f"sampling.{name}", limit)

@@ -6,7 +6,8 @@ Every request ends exactly once, in `_end`, whatever ended it: its last token, a
 queue timeout, the engine, or the shutdown. From then on nothing here knows it.
 
 Planning. Whatever can change a plan marks it stale; a task takes a snapshot, has it planned off the loop, applies the
-plan and starts again where something happened meanwhile. Many events during one plan thus lead to one more plan.
+plan and starts again where something happened meanwhile. Many events during one plan thus lead to one more plan; so
+do many within `plan_gap_s` of its start, so that a burst of arrivals costs one plan rather than one each.
 
 Times. A request is judged by the instants at which the engine's events became known, on the clock given.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -53,16 +55,20 @@ RETRY_AFTER_RANGE_S = (0.1, 30.0)
 
 @dataclass(frozen=True, slots=True)
 class RuntimeOptions:
-    """flush_interval_s: >= 0, see `runtime.stream`; 0: one token a delta. shed: refuse sheddable requests whose
-    forecast breaks their SLO. instance: name of the engine instance, None for "<engine>-0"."""
+    """flush_interval_s: 0 to 60, see `runtime.stream`; 0: one token a delta. plan_gap_s: 0 to 1, the shortest time
+    between the starts of two plans. shed: refuse sheddable requests whose forecast breaks their SLO. instance: name
+    of the engine instance, None for "<engine>-0"."""
 
     flush_interval_s: float = 0.007
+    plan_gap_s: float = 0.002
     shed: bool = False
     instance: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.flush_interval_s < 60:
             raise ValueError(f"flush_interval_s must be from 0 to 60 seconds, got {self.flush_interval_s}")
+        if not 0 <= self.plan_gap_s <= 1:
+            raise ValueError(f"plan_gap_s must be from 0 to 1 second, got {self.plan_gap_s}")
 
 
 @dataclass(slots=True, eq=False)
@@ -244,14 +250,19 @@ class Runtime:
     # -- planning and dispatch ------------------------------------------------
 
     async def _keep_planning(self) -> None:
+        next_at_s = -math.inf
         while True:
             await self._stale.wait()
+            wait_s = next_at_s - self.clock.now_s()
+            if wait_s > 0:
+                await asyncio.sleep(wait_s)
             self._stale.clear()
             if self._replan_timer is not None:
                 self._replan_timer.cancel()
                 self._replan_timer = None
             if not self.scheduler.statistics().waiting:
                 continue
+            next_at_s = self.clock.now_s() + self.options.plan_gap_s
             try:
                 await self._plan_once()
             except Exception:  # a defect here must not stop all planning
