@@ -124,7 +124,8 @@ class AnnealingPolicy:
         leftovers = oldest_first[~hopeful[oldest_first]]
         extra = kernel.admit_leftovers(
             waiting, leftovers, self._options.leftovers_per_plan, snapshot.now_s, self._options.leftover_loss,
-            self._options.patience * self._backlog.longest_s, self._price_s * self._congestion(n), self._batch, best, n, *stage,
+            self._options.patience * self._backlog.longest_s, self._price_s * self._congestion(n), self._batch,
+            best, n, *stage,
         )  # fmt: skip
         if not len(send) and not extra and not len(snapshot.running):
             # An idle engine earns nothing: whatever the price, somebody goes.
