@@ -1,11 +1,14 @@
 """The gRPC server: the service, health and reflection on one port, and an orderly end.
 
+Health is NOT_SERVING from the request on that found the engine gone, until one finds it back.
+
 Draining, in this order: health says NOT_SERVING, new requests are refused with UNAVAILABLE (DRAINING), those here run
 to their end, those still here after the grace get UNAVAILABLE, and the port closes when the last byte is out.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 
 import grpc
@@ -31,6 +34,7 @@ class Gateway:
         self._options = options or GatewayOptions()
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
+        self._telling: asyncio.Task[None] | None = None  # kept from the garbage collector
 
     async def start(self, host: str, port: int) -> int:
         """Takes requests when it returns; `port` 0 takes a free one. Returns the port.
@@ -57,7 +61,8 @@ class Gateway:
             raise ConfigError(f"cannot listen on {address}")
         await server.start()
         self._server = server
-        await self._tell_health(serving=True)
+        self._runtime.on_serving_change = self._on_serving_change
+        await self._tell_health(serving=self._runtime.serving)
         return int(bound)
 
     async def drain(self, grace_s: float) -> None:
@@ -73,6 +78,9 @@ class Gateway:
         if self._server is not None:
             server, self._server = self._server, None
             await server.stop(grace_s)
+
+    def _on_serving_change(self) -> None:
+        self._telling = asyncio.get_running_loop().create_task(self._tell_health(serving=self._runtime.serving))
 
     async def _tell_health(self, *, serving: bool) -> None:
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING

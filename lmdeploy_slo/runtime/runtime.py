@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -108,6 +108,7 @@ class Runtime:
         self.policy = policy
         self.clock = clock
         self.options = options or RuntimeOptions()
+        self.on_serving_change: Callable[[], None] | None = None  # called when `serving` may have changed
         self._own_executor: Executor | None = None
         if executor is None:
             executor = self._own_executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="planner")
@@ -296,15 +297,21 @@ class Runtime:
         self._last_dispatch_at_s = now_s
         try:
             self.engine.submit(live.request, dispatch.rank)
-            self._engine_lost = False
+            self._set_engine_lost(False)
         except InvalidRequest as refusal:
             self._end(live, EndStatus.REJECTED, refusal, in_engine=False)
         except EngineError as failure:
-            self._engine_lost = isinstance(failure, EngineUnavailable)
+            self._set_engine_lost(isinstance(failure, EngineUnavailable))
             self._end(live, EndStatus.FAILED, failure, in_engine=False)
         except Exception:
             logger.exception("the engine raised on submit of %s", live.spec.request_id)
             self._end(live, EndStatus.FAILED, EngineError("the engine failed"), in_engine=False)
+
+    def _set_engine_lost(self, lost: bool) -> None:
+        if lost != self._engine_lost:
+            self._engine_lost = lost
+            if self.on_serving_change is not None:
+                self.on_serving_change()
 
     def _report_progress(self) -> None:
         """Tells the scheduler what was generated since it last looked; one call a request, not one a token."""
