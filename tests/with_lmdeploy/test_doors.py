@@ -219,7 +219,7 @@ async def queued(doors: Doors, requests: list[Coroutine[Any, Any, Any]]) -> list
     tasks = []
     for at, request in enumerate(requests):
         tasks.append(asyncio.ensure_future(request))
-        await until(lambda: doors.here() > at)
+        await until(lambda count=at: doors.here() > count)
     await turns()
     return tasks
 
