@@ -22,6 +22,8 @@ COMMANDS = {
     "generate": "Send one prompt to a server and stream the answer.",
     "replay": "Replay recorded traces against a server and report SLO attainment.",
     "simulate": "Replay recorded traces in virtual time, without a server.",
+    "compare": "Simulate many combinations in parallel and compare them in pairs.",
+    "capacity": "Find how much load, or how few instances, hold a target attainment.",
     "plan": "Print the static plan for a list of requests.",
     "demo": "FCFS and annealing side by side on a generated workload.",
     "patch": "Show, check or export the patches that are put into LMDeploy.",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lmdeploy_slo.cli.replay import find_traces
 from lmdeploy_slo.config import ENV_TRACES_DIR, Config, traces_dir
@@ -90,6 +93,7 @@ PlanEvaluations = Annotated[
 PlanLatencyMs = Annotated[
     float, typer.Option(metavar="T", min=0.0, help="Virtual time from a snapshot to its plan being applied.")
 ]
+Jobs = Annotated[int | None, typer.Option(metavar="N", min=1, help="Processes; default: as many as there are cores.")]
 
 
 def read_rows(traces: Sequence[str], tasks: Sequence[str] | None, folder: Path | None) -> list[TraceRow]:
@@ -148,3 +152,20 @@ def split_policies(text: str) -> list[str]:
         if name not in known:
             raise ConfigError(f"--policy: {name!r} is unknown; choose one of {', '.join(known)}")
     return names
+
+
+def at_least_one(option: str, values: Sequence[int]) -> int:
+    """The smallest of the values; raises ConfigError where it is below 1."""
+    smallest = min(values)
+    if smallest < 1:
+        raise ConfigError(f"{option}: must be at least 1, got {smallest}")
+    return smallest
+
+
+@contextmanager
+def progress_bar(label: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar on stderr; the function moves it on by one."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), refresh_per_second=4) as progress:
+        line = progress.add_task(label, total=total)
+        yield lambda: progress.advance(line)

@@ -35,7 +35,17 @@ _DIGITS = 6  # of seconds: a microsecond; of milliseconds: more than any clock h
 
 def results_json(runs: Sequence[dict[str, Any]]) -> str:
     """The text of a result file with `runs` as `core.metrics.summarize` makes them, in the order given."""
-    return json.dumps({"runs": [_rounded(run) for run in runs]}, indent=2, allow_nan=False) + "\n"
+    return json_text({"runs": runs})
+
+
+def json_text(document: Any) -> str:
+    """JSON with the rounding of result files."""
+    return json.dumps(_rounded(document), indent=2, allow_nan=False) + "\n"
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Writes `json_text`; raises ConfigError where that fails."""
+    _write(path, json_text(document))
 
 
 def write_results(path: Path, runs: Sequence[dict[str, Any]]) -> None:
@@ -104,6 +114,8 @@ def _rounded(value: Any) -> Any:
         return round(value, _DIGITS)
     if isinstance(value, dict):
         return {key: _rounded(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(inner) for inner in value]
     return value
 
 
