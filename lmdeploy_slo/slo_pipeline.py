@@ -145,8 +145,8 @@ def _pipeline_class() -> Any:
             unknown = sorted(kwargs.keys() - self._known)
             if unknown:
                 raise TypeError(f"{unknown[0]!r} is no argument of a pipeline call; known: {sorted(self._known)}")
-            requests = list(super()._request_generator(prompts, sessions, gen_config, **kwargs))
-            terms = _terms(len(requests), slo, task_type, expected_output_tokens)
+            terms = _terms(1 if self._is_single(prompts) else len(prompts), slo, task_type, expected_output_tokens)
+            requests = super()._request_generator(prompts, sessions, gen_config, **kwargs)
             return iter([{**request, "terms": each} for request, each in zip(requests, terms)])
 
         def _infer(
