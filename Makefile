@@ -9,7 +9,7 @@ LMDEPLOY_BIN := .venv-lmdeploy/bin
 LMDEPLOY_READY := .venv-lmdeploy/.ready
 LMDEPLOY_NEEDS := tests/with_lmdeploy/requirements.txt
 
-.PHONY: demo test test-fast test-lmdeploy lint format types proto wheel clean
+.PHONY: demo test test-fast test-lmdeploy test-gpu lint format types proto wheel clean
 
 # A generated workload, FCFS and annealing side by side.
 demo: $(READY)
@@ -25,6 +25,10 @@ test-fast: $(READY)
 # torch: make test-lmdeploy PIP_OPTIONS="--extra-index-url https://download.pytorch.org/whl/cpu"
 test-lmdeploy: $(LMDEPLOY_READY)
 	$(LMDEPLOY_BIN)/python -m pytest tests/with_lmdeploy
+
+# TurboMind itself: needs a CUDA device, and an environment with `pip install -e '.[turbomind,dev]'`.
+test-gpu:
+	$(PYTHON) -m pytest tests/with_gpu
 
 lint: $(READY)
 	$(BIN)/ruff check .
