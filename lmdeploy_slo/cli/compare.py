@@ -77,8 +77,8 @@ def compare(
 ) -> None:
     """Simulate every combination of traces, speedups, policies, in-flight caps and seeds, and compare.
 
-    Each cell of the table is a mean over the seeds; * marks the best of its column. Below it stands the difference to
-    the baseline (attainment in points, mean E2E as a factor), paired by seed, with its 95 % confidence interval.
+    The table has attainment and mean E2E, each a mean over the seeds; * marks the best of its column. Beside it stands
+    the difference to the baseline (in points, and as a factor), paired by seed, with its 95 % confidence interval.
     """
     policies = options.split_policies(policy)
     caps = options.split_list("--max-batch-size", max_batch_size, int)
@@ -125,51 +125,47 @@ def find_contender(text: str | None, contenders: Sequence[Contender]) -> Contend
 
 
 def comparison_table(comparison: Comparison, baseline: Contender, *, best_cap: bool = False) -> Table:
-    """One line per contender (with `best_cap`: per policy), two columns per trace and speedup."""
+    """A column per trace and speedup; for each contender (with `best_cap`: each policy) a line per metric."""
     grid = comparison.grid
-    title = f"mean of {len(grid.seeds)} seeds; below: against {baseline}, paired, 95 % confidence; * best of its column"
+    title = (
+        f"mean of {len(grid.seeds)} seeds, * best of its column; beside it the difference to {baseline}: "
+        "points of attainment, factor of mean E2E (s), paired, 95 % confidence"
+    )
     table = Table(title=title, title_justify="left", header_style="bold")
     table.add_column("")
     several = len({column.trace for column in grid.columns}) > 1
     for column in grid.columns:
-        label = f"{Path(column.trace).name.partition('.')[0]}\n" if several else ""
-        table.add_column(f"{label}x{column.speedup:g}\n{ATTAINMENT.name}", justify="right")
-        table.add_column(f"{label}\n{MEAN_E2E_S.name}", justify="right")
+        name = f"{Path(column.trace).name.partition('.')[0]} " if several else ""
+        table.add_column(f"{name}x{column.speedup:g}")
     lines: dict[str, list[Contender]] = {}
     for contender in grid.contenders:
         lines.setdefault(contender.policy if best_cap else str(contender), []).append(contender)
     for label, contenders in lines.items():
         cells = []
         for column in grid.columns:
-            shown = comparison.best(column, ATTAINMENT, contenders) or contenders[0]
-            cells += [
-                _cell(comparison, column, shown, baseline, metric, best_cap) for metric in (ATTAINMENT, MEAN_E2E_S)
-            ]
+            contender = comparison.best(column, ATTAINMENT, contenders) or contenders[0]
+            cell = "\n".join(
+                _line(comparison, column, contender, baseline, metric) for metric in (ATTAINMENT, MEAN_E2E_S)
+            )
+            cells.append(f"{cell}\n[dim]at {contender.max_batch_size}[/dim]" if best_cap else cell)
         table.add_row(label, *cells)
     return table
 
 
-def _cell(
-    comparison: Comparison, column: Column, contender: Contender, baseline: Contender, metric: Metric, show_cap: bool
-) -> str:
+def _line(comparison: Comparison, column: Column, contender: Contender, baseline: Contender, metric: Metric) -> str:
     value = comparison.mean(column, contender, metric)
     if value is None:
         return "-"
     best = comparison.best(column, metric)
-    mark = "*" if best is not None and value == comparison.mean(column, best, metric) else ""
-    digits = 3 if metric is ATTAINMENT else 2
-    text = f"{value:,.{digits}f}{mark}"
-    if show_cap and metric is ATTAINMENT:
-        text += f" at {contender.max_batch_size}"
-    if mark:
+    marked = best is not None and value == comparison.mean(column, best, metric)
+    text = f"{value:,.{3 if metric is ATTAINMENT else 2}f}{'*' if marked else ' '}"
+    if marked:
         text = f"[bold]{text}[/bold]"
-    below = ""
-    if contender != baseline:
-        difference = comparison.difference(column, contender, baseline, metric)
-        reference = comparison.mean(column, baseline, metric)
-        if difference is not None and reference is not None:
-            below = _points(difference) if metric is ATTAINMENT else _factor(difference, reference)
-    return f"{text}\n[dim]{below}[/dim]"
+    difference = comparison.difference(column, contender, baseline, metric)
+    reference = comparison.mean(column, baseline, metric)
+    if contender == baseline or difference is None or reference is None:
+        return text
+    return f"{text} [dim]{_points(difference) if metric is ATTAINMENT else _factor(difference, reference)}[/dim]"
 
 
 def _points(difference: Interval) -> str:
@@ -179,6 +175,6 @@ def _points(difference: Interval) -> str:
 
 def _factor(difference: Interval, reference: float) -> str:
     if not reference:
-        return "-"
+        return ""
     reach = "" if difference.high is None else f" ±{(difference.high - difference.mean) / reference:.2f}"
     return f"x{1 + difference.mean / reference:.2f}{reach}"
