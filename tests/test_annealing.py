@@ -235,9 +235,21 @@ def test_requests_without_an_objective_are_served_when_nothing_is_at_stake() -> 
     rows["tier"] = 1
     rows.flags.writeable = False
     plan = policy(leftovers_per_plan=6).plan(Snapshot(NOW_S, rows, snapshot.running, EngineLimits(), MODEL))
-    oldest_first = rows["handle"][np.argsort(rows["arrival_at_s"])]
     assert plan.send_now == 6
-    assert plan.order.tolist() == oldest_first.tolist()
+
+
+def test_leftovers_go_older_first_and_cheaper_first() -> None:
+    rows = draw_snapshot(4, waiting=4, running=0).waiting.copy()
+    for field in ("ttft_s", "tpot_s", "e2e_s"):
+        rows[field] = np.inf
+    rows["tier"] = [1, 1, 1, 2]
+    rows["arrival_at_s"] = NOW_S - np.array([1.0, 2.0, 1.0, 1.0])
+    rows["prompt_tokens"] = [500, 500, 100, 5000]
+    rows["output_tokens"] = 10
+    rows.flags.writeable = False
+    empty = draw_snapshot(4, running=0).running
+    plan = policy(leftovers_per_plan=6).plan(Snapshot(NOW_S, rows, empty, EngineLimits(), MODEL))
+    assert plan.order.tolist() == [rows["handle"][i] for i in (3, 2, 1, 0)]
 
 
 def test_predicted_kv_memory_is_kept() -> None:

@@ -4,7 +4,7 @@ Each plan starts from a portfolio (the rules of `rules` with several numbers sen
 insertion), anneals from the best of them while the budget lasts, and never returns less than the best it has seen.
 What the plan admits now is sent; the rest waits for the next plan, which comes with the next event or engine step.
 
-Requests that can no longer meet their SLO, or carry none, go oldest first into what is left over: one is admitted
+Requests that can no longer meet their SLO, or carry none, go by response ratio into what is left over: one is admitted
 when that costs the others (expected misses, and the shadow price of its engine time) no more than `leftover_loss`.
 """
 
@@ -48,15 +48,15 @@ class AnnealingOptions:
 
     max_candidates: waiting requests one search decides on, the cheapest that can still meet. length_spread: how many
     sigmas the outer length quantiles lie off the forecast. price_window_s, price_capacity, price_weight: see
-    ShadowPrice; the weight scales it. background_max: largest share of time ascribed to prefills still to come.
+    ShadowPrice; the weight scales it. background_max: largest share of time ascribed to prefills still to come, and
+    tpot_share: of the median TPOT objective that decoding and those prefills may fill together.
     leftover_loss: requests one leftover may cost; larger serves hopeless requests sooner, at others' expense.
     congestion_s: prefill work that is due, submitted or still with a chance, at which a leftover pays the full price of
     its engine time; in a lull it pays less, so that lulls are used. leftovers_per_plan: how many may start at once.
     commitment: worth of a running request in terms of a waiting one; above 1, because what was spent on it is lost with
     it, and whoever takes its place may be given up in turn.
-    patience: > 0, the knob between attainment and the longest waits. A leftover that has waited this many times the
-    longest wait FCFS would have caused of late may cost the others ever more. 1 shortens the tail and costs several
-    points of attainment in overload; above 3 only lulls serve them.
+    patience: > 0, the knob between attainment and the longest waits: a leftover pays the price of its engine time in
+    full at first, nothing after this many times the longest wait FCFS would have caused of late.
     """
 
     max_candidates: int = 48
@@ -65,6 +65,7 @@ class AnnealingOptions:
     price_capacity: float = 1.0
     price_weight: float = 0.5
     background_max: float = 0.6
+    tpot_share: float = 0.9
     leftover_loss: float = 0.02
     congestion_s: float = 0.5
     commitment: float = 2.0
@@ -121,7 +122,7 @@ class AnnealingPolicy:
         best, quality = self._search(n, stage, snapshot, started_at_s)
         rows = self._candidates.row[:n]
         send = rows[best == 0]
-        leftovers = oldest_first[~hopeful[oldest_first]]
+        leftovers = self._by_response(snapshot, oldest_first[~hopeful[oldest_first]])
         extra = kernel.admit_leftovers(
             waiting, leftovers, self._options.leftovers_per_plan, snapshot.now_s, self._options.leftover_loss,
             self._options.patience * self._backlog.longest_s, self._price_s * self._congestion(n), self._batch,
@@ -136,6 +137,24 @@ class AnnealingPolicy:
         order = _first_of(np.concatenate([chosen, later, leftovers, oldest_first]))
         self._remember(waiting, rows, best, snapshot.now_s)
         return Plan(order=waiting["handle"][order], send_now=len(chosen), quality=quality)
+
+    def _by_response(self, snapshot: Snapshot, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """`rows` by wait over the root of engine time, highest first: between oldest first, which keeps the tail
+        short, and highest response ratio (Brinch Hansen, 1971), which keeps the mean short. Higher tiers first."""
+        waiting = snapshot.waiting[rows]
+        engine_s = np.maximum(engine_time_s(waiting, snapshot.model, self._batch), SHORTEST_STEP_S)
+        response = (snapshot.now_s - waiting["arrival_at_s"]) / np.sqrt(engine_s)
+        return np.asarray(rows[np.lexsort((-response, -waiting["tier"]))], dtype=np.int64)
+
+    def _most_background(self, snapshot: Snapshot) -> float:
+        """The largest share of time that prefills still to come can take: the policy itself will hold back more."""
+        most, running, model = self._options.background_max, snapshot.running, snapshot.model
+        objectives = running["tpot_s"][np.isfinite(running["tpot_s"])]
+        if not len(objectives):
+            return most
+        context = float(np.sum(running["prompt_tokens"] + running["generated_tokens"]))
+        decode_s = model.step_s(0, 0, len(running), context)
+        return min(most, max(0.0, 1.0 - decode_s / (self._options.tpot_share * float(np.median(objectives)))))
 
     def _congestion(self, n: int) -> float:
         """0 where no prefill is due, 1 where at least `congestion_s` of them are: how much the price counts now."""
@@ -153,7 +172,7 @@ class AnnealingPolicy:
         model, running = snapshot.model, snapshot.running
         if QUANTILES * len(running) > len(self._stakes.end):
             self._stakes = kernel.make_stakes(2 * QUANTILES * len(running))
-        duty = min(self._price.duty, self._options.background_max)
+        duty = min(self._price.duty, self._most_background(snapshot))
         pace = kernel.Pace(model.c0, model.p1, model.p2, model.d1, model.d2, duty / (1.0 - duty))
         at_stake, steps = kernel.look_at_running(
             running, snapshot.now_s, pace, self._spread, self._options.commitment * TIER_WORTH, self._base, self._stakes

@@ -29,9 +29,6 @@ WAVES = np.array([0, 1, 2, 4, 7, 11, 16, 24, 36, 52], dtype=np.int64)
 
 EPSILON = 1e-9
 
-IMPATIENCE = 6.0
-"""How fast a hopeless request gains weight once it has waited longer than patience asks of it."""
-
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
@@ -379,8 +376,8 @@ def admit_leftovers(
     """How many of the rows in `order` may be sent now on top of the plan for at most `loss` each.
 
     These are requests with nothing to gain: without an objective, or with one that is lost. The loss is what the
-    plan's score falls by, plus the price of their engine time; who has waited longer than `patience_s` may cost
-    (wait / patience_s) ** IMPATIENCE as much. Changes `base`.
+    plan's score falls by, and the price of their engine time, which fades to nothing over a wait of `patience_s`.
+    Changes `base`.
     """
     score = rollout(admit, n, pace, base, steps, stakes, at_stake, candidates, scratch)
     taken = 0
@@ -395,8 +392,8 @@ def admit_leftovers(
             base.decoding[s] += 1.0
             base.context[s] += prompt + (s - 1)
         value = rollout(admit, n, pace, base, steps, stakes, at_stake, candidates, scratch)
-        waited = max(1.0, (now_s - row["arrival_at_s"]) / patience_s)
-        if score - value + price_s * engine_s > loss * waited**IMPATIENCE:
+        charged = max(0.0, 1.0 - (now_s - row["arrival_at_s"]) / patience_s)
+        if score - value > loss or price_s * engine_s * charged > loss:
             break
         score = value
         taken += 1
