@@ -24,13 +24,14 @@ COMMANDS = {
     "simulate": "Replay recorded traces in virtual time, without a server.",
     "compare": "Simulate many combinations in parallel and compare them in pairs.",
     "capacity": "Find how much load, or how few instances, hold a target attainment.",
+    "profile": "Make step-model profiles: fit one to recorded requests.",
     "plan": "Print the static plan for a list of requests.",
     "demo": "FCFS and annealing side by side on a generated workload.",
     "patch": "Show, check or export the patches that are put into LMDeploy.",
     "tiny-model": "Write a small random checkpoint for trials, offline.",
 }
 """Command -> summary. `lmdeploy_slo.cli.NAME` has a function NAME, a hyphen written as _, that typer makes the command
-of."""
+of, or a Typer NAME with commands of its own."""
 
 EXTRAS = {
     "lmdeploy": "turbomind",
@@ -54,9 +55,11 @@ class _LazyGroup(TyperGroup):
 
 def _load(name: str) -> Any:
     function = name.replace("-", "_")
-    module = import_module(f"lmdeploy_slo.cli.{function}")
+    command = getattr(import_module(f"lmdeploy_slo.cli.{function}"), function)
+    if isinstance(command, typer.Typer):  # with commands of its own
+        return get_command(command)
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    single.command(name)(getattr(module, function))
+    single.command(name)(command)
     return get_command(single)
 
 

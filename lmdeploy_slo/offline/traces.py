@@ -102,7 +102,7 @@ def read_traces(paths: Sequence[str | Path], tasks: Sequence[str] = ()) -> list[
 
 def _read_file(path: Path) -> tuple[list[_RawRow], bool]:
     """The rows of one file in its own order, and whether their instants are on the calendar."""
-    lines = _text_of(path).splitlines()
+    lines = text_of(path).splitlines()
     start = next((n for n, line in enumerate(lines) if line.strip()), None)
     if start is None:
         raise TraceError(f"{path}: the trace is empty")
@@ -129,7 +129,8 @@ def _read_file(path: Path) -> tuple[list[_RawRow], bool]:
     return rows, on_calendar
 
 
-def _text_of(path: Path) -> str:
+def text_of(path: Path) -> str:
+    """The text of a file, gzipped or not; raises TraceError where it cannot be read."""
     try:
         data = path.read_bytes()
         if data.startswith(_GZIP_MAGIC):

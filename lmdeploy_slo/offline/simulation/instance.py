@@ -183,7 +183,7 @@ class Instance:
         for dispatch in self.scheduler.apply(plan, now_s):
             flight = self._flights[dispatch.handle]
             flight.timing.dispatched_at_s = now_s
-            flight.sequence = self._sequence(flight.request, dispatch.handle, dispatch.rank)
+            flight.sequence = self._sequence(flight.request, dispatch.handle)
             self.batch.submit(flight.sequence)
             self._waiting -= 1
         if plan.replan_after_s is not None:
@@ -196,11 +196,12 @@ class Instance:
             self._asked_meanwhile = False
             self._ask(now_s)
 
-    def _sequence(self, request: SimulatedRequest, handle: int, rank: int) -> Sequence:
+    def _sequence(self, request: SimulatedRequest, handle: int) -> Sequence:
+        """For the engine, in which those that wait for memory go in the order they were sent."""
         cached_tokens = request.cached_tokens
         if self.prefix_cache is not None:
             cached_tokens = self.prefix_cache.match(request.prefix_blocks, request.spec.prompt_tokens)
-        return Sequence(handle, request.spec.prompt_tokens, request.output_tokens, cached_tokens, rank)
+        return Sequence(handle, request.spec.prompt_tokens, request.output_tokens, cached_tokens)
 
     def _tell_progress(self) -> None:
         """Brings the scheduler's counts of generated tokens up to date."""
