@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from scripted_engine import ScriptedEngine, make_runtime, turns
 from lmdeploy_slo.clock import VirtualClock
 from lmdeploy_slo.core.request import EndStatus, FinishReason
 from lmdeploy_slo.core.snapshot import EngineLimits
-from lmdeploy_slo.engine.base import EngineEvent
+from lmdeploy_slo.engine.base import EngineEvent, EngineRequest
 from lmdeploy_slo.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -62,10 +63,21 @@ class Bench:
         return load.waiting == load.in_flight == 0 and not self.engine.requests and not timers
 
 
+class DefectLog(logging.Handler):
+    """Keeps what is logged of defects."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
 def virtual(
-    limits: EngineLimits | None = None, **options: Any
+    limits: EngineLimits | None = None, *, defects: int = 0, **options: Any
 ) -> Callable[[Callable[[Bench], Awaitable[None]]], Callable[[], None]]:
-    """Runs a test in virtual time on a started bench; closes it, and sees that nothing is left."""
+    """Runs a test in virtual time on a started bench; afterwards nothing is left and so many `defects` were logged."""
 
     def wrap(test: Callable[[Bench], Awaitable[None]]) -> Callable[[], None]:
         async def main(clock: VirtualClock) -> None:
@@ -76,7 +88,14 @@ def virtual(
             assert bench.nothing_is_held()
 
         def run() -> None:
-            run_virtual(main)
+            log, logger = DefectLog(), logging.getLogger("lmdeploy_slo.runtime")
+            logger.addHandler(log)
+            try:
+                run_virtual(main)
+            finally:
+                logger.removeHandler(log)
+            assert [record.getMessage() for record in log.records][defects:] == []
+            assert len(log.records) == defects
 
         run.__doc__ = test.__doc__
         return run
@@ -363,6 +382,15 @@ async def test_the_deadline_ends_waiting_and_running_requests(bench: Bench) -> N
     assert bench.counts() == {EndStatus.TIMED_OUT: 2}
 
 
+@virtual()
+async def test_what_ends_in_time_leaves_no_timer_behind(bench: Bench) -> None:
+    stream = bench.submit(deadline_at_s=1000.0, queue_timeout_s=1000.0)
+    await bench.engine.has("r")
+    bench.engine.step("r")
+    assert isinstance(await outcome(stream), Completion)
+    assert bench.nothing_is_held()
+
+
 @virtual(ONE_AT_A_TIME)
 async def test_the_queue_timeout_counts_from_arrival_and_only_while_waiting(bench: Bench) -> None:
     bench.clock.advance(1.0)
@@ -435,7 +463,7 @@ async def test_a_crash_ends_all_and_the_server_is_not_serving(bench: Bench) -> N
 def test_whatever_submit_raises_ends_that_request_alone(
     raised: Exception, seen: type[RequestError], status: EndStatus
 ) -> None:
-    @virtual()
+    @virtual(defects=int(isinstance(raised, ZeroDivisionError)))
     async def run(bench: Bench) -> None:
         bench.engine.submit_error = raised
         stream = bench.submit("bad")
@@ -451,6 +479,21 @@ def test_whatever_submit_raises_ends_that_request_alone(
     run()
 
 
+@virtual()
+async def test_an_engine_that_ends_a_request_twice_ends_it_once(bench: Bench) -> None:
+    engine, submit = bench.engine, bench.engine.submit
+
+    def end_then_raise(request: EngineRequest, rank: int) -> None:
+        submit(request, rank)
+        engine.emit(request.request_id, 65, end=FinishReason.STOP)
+        raise EngineError("too late", code="late")
+
+    engine.submit = end_then_raise  # type: ignore[method-assign]
+    stream = bench.submit()
+    assert isinstance(await outcome(stream), Completion)
+    assert bench.counts() == {EndStatus.FINISHED: 1}
+
+
 @virtual(ONE_AT_A_TIME)
 async def test_an_abort_that_the_engine_lost_is_sent_again(bench: Bench) -> None:
     await bench.running("r")
@@ -462,7 +505,7 @@ async def test_an_abort_that_the_engine_lost_is_sent_again(bench: Bench) -> None
     assert bench.engine.requests == {}
 
 
-@virtual()
+@virtual(defects=1)
 async def test_an_engine_that_raises_on_abort_keeps_nobody(bench: Bench) -> None:
     (stream,) = await bench.running("r")
     bench.engine.abort_error = ZeroDivisionError()
@@ -496,7 +539,7 @@ class BrokenEvent:
 
 
 def test_an_event_that_cannot_be_handled_ends_its_request_alone(caplog: pytest.LogCaptureFixture) -> None:
-    @virtual()
+    @virtual(defects=1)
     async def run(bench: Bench) -> None:
         bad, good = await bench.running("bad", "good")
         bench.engine.send(BrokenEvent("bad"), EngineEvent("good", (65,), "A", end=FinishReason.STOP))  # type: ignore[arg-type]
