@@ -196,16 +196,18 @@ class AnnealingPolicy:
             return best, PlanQuality("", best_score, best_score, 1)
         spent, start = 1, "none"
         bound = best_score + float(np.sum(np.maximum(self._candidates.worth[:n] - self._candidates.price[:n], 0.0)))
-        for name, admit in self._portfolio(n, snapshot):
+        greedy = np.empty(n, dtype=np.int64)
+        score, used = kernel.insert_greedily(greedy, np.arange(n), n, evaluations, *stage)
+        spent += used
+        if score > best_score:
+            best, best_score, start = greedy, score, "greedy"
+        # Most plans end here: at the bound everybody is expected to meet, and nothing can score higher.
+        starts = self._portfolio(n, snapshot) if best_score < bound - kernel.EPSILON else []
+        for name, admit in starts:
             score = kernel.rollout(admit, n, *stage)
             spent += 1
             if score > best_score:
                 best, best_score, start = admit, score, name
-        greedy = np.empty(n, dtype=np.int64)
-        score, used = kernel.insert_greedily(greedy, np.arange(n), n, max(1, evaluations - spent), *stage)
-        spent += used
-        if score > best_score:
-            best, best_score, start = greedy, score, "greedy"
         start_score = best_score
         admit, score = best.copy(), best_score
         budget_s = self._budget.time_s
