@@ -39,6 +39,7 @@ from lmdeploy_slo.errors import (
     Unattainable,
 )
 from lmdeploy_slo.runtime.planner import Planner
+from lmdeploy_slo.runtime.start_order import StartOrder
 from lmdeploy_slo.runtime.statistics import EndCounts, RuntimeLoad
 from lmdeploy_slo.runtime.stream import Completion, RequestStream
 from lmdeploy_slo.scheduling.admission import Forecast, forecast, unmet_objectives
@@ -116,6 +117,7 @@ class Runtime:
         self._counts = EndCounts()
         self._live: dict[str, _Live] = {}
         self._by_handle: dict[int, _Live] = {}
+        self._start_order = StartOrder(engine, scheduler, policy, lambda h: self._by_handle[h].spec.request_id)
         self._leaving: set[str] = set()  # aborted in the engine, its last event still to come
         self._progress: dict[int, int] = {}  # handle -> tokens the scheduler was not told of yet
         self._progress_at_s = 0.0
@@ -261,11 +263,12 @@ class Runtime:
             if self._replan_timer is not None:
                 self._replan_timer.cancel()
                 self._replan_timer = None
-            if not self.scheduler.statistics().waiting:
-                continue
-            next_at_s = self.clock.now_s() + self.options.plan_gap_s
             try:
-                await self._plan_once()
+                if self.scheduler.statistics().waiting:
+                    next_at_s = self.clock.now_s() + self.options.plan_gap_s
+                    await self._plan_once()
+                else:  # the order of those in the engine may still have changed
+                    self._start_order.renew(self.clock.now_s())
             except Exception:  # a defect here must not stop all planning
                 logger.exception("planning failed")
                 self._replan_after(IDLE_REPLAN_S)
@@ -281,6 +284,7 @@ class Runtime:
             self._replan_after(plan.replan_after_s)
         elif not self.scheduler.statistics().running:
             self._replan_after(IDLE_REPLAN_S)
+        self._start_order.renew(now_s)
 
     def _replan_after(self, delay_s: float) -> None:
         self._replan_timer = asyncio.get_running_loop().call_later(max(0.0, delay_s), self._stale.set)

@@ -22,6 +22,7 @@ from lmdeploy_slo.core.request import RequestSpec
 from lmdeploy_slo.core.snapshot import EngineLimits, Snapshot
 from lmdeploy_slo.errors import QueueFull
 from lmdeploy_slo.prediction.length import LengthForecast, LengthPredictor
+from lmdeploy_slo.scheduling.policy import Policy
 from lmdeploy_slo.scheduling.row_table import RowTable
 
 
@@ -145,6 +146,16 @@ class Scheduler:
         self._dispatched += len(dispatches)
         self._order = order
         return dispatches
+
+    def start_ranks(self, rule: Policy, now_s: float) -> dict[int, int]:
+        """Handle -> rank, 0 first, of the dispatched requests without a first token: the order in which `rule` would
+        send them if it could choose again at `now_s`. As in `apply`, smaller priority numbers go first."""
+        running = self._running.copy()
+        unstarted = running[np.isnan(running["first_token_at_s"])]
+        order = unstarted["handle"]
+        if len(order) > 1:
+            order = rule.plan(Snapshot(now_s, unstarted, running, self.limits, self.model)).order
+        return {handle: rank for rank, handle in enumerate(self._by_priority(order).tolist())}
 
     # -- questions ------------------------------------------------------------
 
