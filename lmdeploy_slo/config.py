@@ -88,6 +88,9 @@ class ServerConfig(_Section):
     max_message_bytes: int = Field(default=16 * 1024 * 1024, ge=4096)  # longest request taken
 
 
+_OF_LMDEPLOY = ("device", "patched", "look_ahead", "chat_template", "trust_remote_code", "turbomind")
+
+
 class EngineConfig(_Section):
     """What runs the model. Unset `kind`: lmdeploy with a model, emulated without one.
 
@@ -116,6 +119,15 @@ class EngineConfig(_Section):
     @property
     def effective_kind(self) -> EngineKind:
         return self.kind or (EngineKind.LMDEPLOY if self.model else EngineKind.EMULATED)
+
+    @property
+    def set_for_lmdeploy(self) -> list[str]:
+        """The keys that LMDeploy alone reads and that differ from their defaults."""
+        return [
+            key
+            for key in _OF_LMDEPLOY
+            if getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True)
+        ]
 
     @property
     def limits(self) -> EngineLimits:
@@ -185,6 +197,8 @@ class Config(_Sections):
             raise ValueError("the engine lmdeploy needs a model")
         if kind is EngineKind.EMULATED and self.server.http_port is not None:
             raise ValueError("http_port: the HTTP routes are LMDeploy's, the emulated engine has gRPC alone")
+        if kind is EngineKind.EMULATED and (of_lmdeploy := self.engine.set_for_lmdeploy):
+            raise ValueError(f"the emulated engine has no {', '.join(of_lmdeploy)}: leave it out, or name a model")
         return self
 
     def to_toml(self) -> str:

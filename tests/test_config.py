@@ -102,6 +102,23 @@ def test_the_emulated_engine_stands_in_for_no_model() -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("device", "cuda"),
+        ("patched", False),
+        ("look_ahead", 0),
+        ("chat_template", "llama2"),
+        ("trust_remote_code", True),
+        ("turbomind.tp", 2),
+    ],
+)
+def test_what_lmdeploy_alone_reads_is_not_ignored_by_the_emulated_engine(key: str, value: object) -> None:
+    text = refusal(flags={f"engine.{key}": value})
+    assert text == f"the emulated engine has no {key.partition('.')[0]}: leave it out, or name a model"
+    assert load(environ={}, flags={f"engine.{key}": value, "engine.model": "some/model"}).engine.set_for_lmdeploy
+
+
+@pytest.mark.parametrize(
     ("toml", "expected"),
     [
         ("[engine]\nmax_batchsize = 3", "engine.max_batchsize is unknown; did you mean max_batch_size?"),
@@ -180,19 +197,14 @@ names = st.text(min_size=1, max_size=64).filter(lambda text: text.isprintable())
 tasks = st.dictionaries(
     st.sampled_from(["ttft_ms", "tpot_ms", "e2e_ms"]), durations_ms, min_size=1, max_size=3
 )  # what one task holds
+of_any_engine = {"profile": names, "kv_tokens": st.integers(1, 2**40)}
+turbomind_fields = st.dictionaries(names, st.integers(0, 9) | st.booleans() | names, max_size=3)
 documents = st.fixed_dictionaries(
     {},
     optional={
         "server": st.fixed_dictionaries({}, optional={"host": names, "port": st.integers(0, 65535)}),
-        "engine": st.fixed_dictionaries(
-            {},
-            optional={
-                "model": names,
-                "profile": names,
-                "kv_tokens": st.integers(1, 2**40),
-                "turbomind": st.dictionaries(names, st.integers(0, 9) | st.booleans() | names, max_size=3),
-            },
-        ),
+        "engine": st.fixed_dictionaries({}, optional=of_any_engine)
+        | st.fixed_dictionaries({"model": names}, optional={**of_any_engine, "turbomind": turbomind_fields}),
         "scheduler": st.fixed_dictionaries(
             {}, optional={"seed": st.integers(0, 2**63 - 1), "queue_timeout_ms": durations_ms, "policy": names}
         ),
