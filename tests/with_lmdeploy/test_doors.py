@@ -215,11 +215,12 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 async def queued(doors: Doors, requests: list[Coroutine[Any, Any, Any]]) -> list[asyncio.Task[Any]]:
-    """The requests, sent one after the other, each when the last has arrived."""
+    """The requests, sent one after the other, each when the last has arrived; the first ones take the slots."""
     tasks = []
+    load = doors.server.runtime.load
     for at, request in enumerate(requests):
         tasks.append(asyncio.ensure_future(request))
-        await until(lambda count=at: doors.here() > count)
+        await until(lambda count=at: doors.here() > count and load().in_flight >= min(count + 1, SLOTS))
     await turns()
     return tasks
 
@@ -253,6 +254,42 @@ async def test_requests_over_grpc_start_in_the_order_of_the_plan(doors: Doors, s
     pace.release()
     await asyncio.gather(*tasks)
     assert [PRIORITIES[token - 100] for token in started] == [1, 1, 0, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("door", ["grpc", "http"])
+@pytest.mark.parametrize("policy", ["edf", "annealing"])
+async def test_a_later_and_more_urgent_request_goes_before_those_in_lmdeploys_line(
+    tiny_model: Path, started: list[int], pace: Any, door: str, policy: str
+) -> None:
+    from openai import AsyncOpenAI
+
+    flags = {"engine.model": str(tiny_model), "engine.look_ahead": 6, "scheduler.policy": policy}
+    async with (
+        serving(load(flags=FLAGS | flags, environ={})) as server,
+        AsyncClient(server.address) as client,
+        AsyncOpenAI(base_url=f"http://{server.http_address}/v1", api_key="none", max_retries=0) as http,
+    ):
+        local = Doors(server, client, http, str(tiny_model))
+        letters = "abcdefgh"
+        promised_ms = [60_000, 60_000, 90_000, 110_000, 80_000, 120_000, 100_000, 70_000]
+        ids = {local.engine.tokenizer.encode(letter)[0]: letter for letter in letters}
+
+        def request(letter: str, e2e_ms: float) -> Coroutine[Any, Any, Any]:
+            if door == "grpc":
+                return local.grpc.generate(letter, max_new_tokens=2, e2e_ms=e2e_ms)
+            return local.complete(letter, max_tokens=2, extra_body={"slo": {"e2e_ms": e2e_ms}})
+
+        pace.hold()
+        tasks = await queued(local, [request(*pair) for pair in zip(letters[:7], promised_ms)])
+        line = local.engine.async_engine.session_mgr.request_handle_pool.slo_line
+        await until(lambda: len(line) == 5)
+        tasks += [asyncio.ensure_future(request(letters[7], promised_ms[7]))]
+        await until(lambda: len(line) == 6)
+        await turns()
+        assert local.server.runtime.load().waiting == 0
+        pace.release()
+        await asyncio.gather(*tasks)
+        assert "".join(ids[token] for token in started) == "abhecgdf"
 
 
 # -- ends -------------------------------------------------------------------------------------------------------------
