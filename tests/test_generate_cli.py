@@ -164,6 +164,7 @@ def test_no_server() -> None:
         ["--target=localhost:1", "--prompt=x", "--e2e-ms=soon"],
         ["--target=localhost:1", "--prompt=x", "--timeout-s=0"],
         ["--target=localhost:1", "--prompt=x", "--timeout-s=nan"],
+        ["--target=localhost:1", "--prompt=x", "--timeout-s=1e300"],
         ["--target=localhost:1", "--prompt=x", "--priority-class=urgent"],
         ["--target=localhost:1", "--prompt=x", "--no-such-flag"],
     ],

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json as json_module
-import math
 import re
 import sys
 from enum import Enum
@@ -26,6 +25,7 @@ from lmdeploy_slo.client import (
     ServerUnreachable,
     Timing,
 )
+from lmdeploy_slo.client.retry import LONGEST_TIMEOUT_S
 from lmdeploy_slo.errors import Rejected, RequestError, SloError
 
 _INTERRUPTED = 130
@@ -45,9 +45,9 @@ def check_target(target: str) -> str:
 
 def check_timeout(timeout_s: float | None) -> float | None:
     """The time limit as it is; a usage error where it is none."""
-    if timeout_s is None or (math.isfinite(timeout_s) and timeout_s > 0):
+    if timeout_s is None or 0 < timeout_s <= LONGEST_TIMEOUT_S:
         return timeout_s
-    raise typer.BadParameter(f"{timeout_s:g} is not a positive number of seconds")
+    raise typer.BadParameter(f"{timeout_s:g} is not a positive number of seconds, at most {LONGEST_TIMEOUT_S:.0f}")
 
 
 class Tier(str, Enum):

@@ -7,13 +7,15 @@ such a call is repeated only where the caller says that this is harmless.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from lmdeploy_slo.client.errors import ServerUnreachable
 from lmdeploy_slo.clock import Clock
 from lmdeploy_slo.errors import Draining, EngineUnavailable, Rejected, SloError
+
+LONGEST_TIMEOUT_S = 31_536_000.0
+"""A year. gRPC keeps deadlines as 64-bit nanoseconds: what is far beyond would have passed at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,7 @@ class Attempts:
 
     timeout_s: for the whole call, waits included; None for no limit.
     resend_safe: whether a request that may still run somewhere may be sent once more.
-    Raises ValueError for a time limit that is not a positive finite number.
+    Raises ValueError for a time limit that is not above 0 and at most LONGEST_TIMEOUT_S.
     """
 
     def __init__(
@@ -57,8 +59,9 @@ class Attempts:
         timeout_s: float | None,
         resend_safe: bool,
     ) -> None:
-        if timeout_s is not None and not (math.isfinite(timeout_s) and timeout_s > 0):
-            raise ValueError(f"timeout_s must be a positive number of seconds, got {timeout_s}")
+        if timeout_s is not None and not 0 < timeout_s <= LONGEST_TIMEOUT_S:
+            limit = f"must be a positive number of seconds, at most {LONGEST_TIMEOUT_S:.0f}"
+            raise ValueError(f"timeout_s {limit}, got {timeout_s}")
         self._policy = policy
         self._clock = clock
         self._random = random
