@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from task_server import TaskServer, served
+from typer.testing import CliRunner
 
 from lmdeploy_slo.cli.demo import demo_workload, running_server
-from lmdeploy_slo.cli.replay import find_traces
+from lmdeploy_slo.cli.replay import find_traces, replay
 from lmdeploy_slo.errors import SloError
 
 TRACE = "arrival_s,input_tokens,output_tokens,task_class\n0,100,3,told\n0.01,200,4,RESOURCE_EXHAUSTED\n"
@@ -71,6 +73,7 @@ async def test_what_is_wrong_is_said_in_one_line_before_anything_is_sent(tmp_pat
     (tmp_path / "trace.csv").write_text(TRACE)
     for arguments, message in (
         (("trace.csv", "--slo", "code"), "--slo 'code': expected TASK="),
+        ((str(tmp_path / "trace.csv"), "--slo", "tole=e2e:9"), "--slo tole=...: no request of the trace has this task"),
         (("trace.csv",), "trace.csv: No such file"),
         ((str(tmp_path / "trace.csv"), "--json", str(tmp_path / "no" / "out")), "out: cannot be written"),
     ):
@@ -79,6 +82,16 @@ async def test_what_is_wrong_is_said_in_one_line_before_anything_is_sent(tmp_pat
         assert stdout == ""
         assert len(stderr.splitlines()) == 1
         assert message in stderr
+
+
+@pytest.mark.parametrize("wrong", [("--timeout-s", "inf"), ("--timeout-s", "0"), ("--target", "here")])
+def test_replay_and_generate_refuse_the_same_targets_and_time_limits(wrong: tuple[str, str], tmp_path: Path) -> None:
+    (tmp_path / "trace.csv").write_text(TRACE)
+    command = typer.Typer()
+    command.command()(replay)
+    result = CliRunner().invoke(command, [str(tmp_path / "trace.csv"), *wrong])
+    assert result.exit_code == 2
+    assert wrong[0] in result.output
 
 
 def test_a_trace_is_looked_for_in_the_folder_only_where_it_does_not_exist_as_named(tmp_path: Path) -> None:

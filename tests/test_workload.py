@@ -15,7 +15,7 @@ from lmdeploy_slo.errors import ConfigError
 from lmdeploy_slo.offline.generated import generate_workload
 from lmdeploy_slo.offline.slo_grammar import parse_slo_options, slo_of
 from lmdeploy_slo.offline.traces import TraceRow
-from lmdeploy_slo.offline.workload import build_workload, draw_hints
+from lmdeploy_slo.offline.workload import build_workload, check_slo_tasks, draw_hints
 
 ROWS = [
     TraceRow(0, 0.0, 10, 5, "code"),
@@ -91,6 +91,14 @@ def test_speedup_divides_arrivals_and_the_limit_keeps_the_traces_maximum() -> No
 def test_options_out_of_range_are_named(arguments: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_workload(ROWS, slos={}, **arguments)  # type: ignore[arg-type]
+
+
+def test_an_slo_of_a_task_that_no_row_has_is_refused() -> None:
+    check_slo_tasks({"bulk": Slo(e2e_s=9.0), "default": Slo(e2e_s=9.0)}, ROWS)
+    with pytest.raises(ConfigError, match=r"--slo chta=\.\.\.: .* it has bulk, chat, code"):
+        check_slo_tasks({"chta": Slo(e2e_s=9.0)}, ROWS)
+    with pytest.raises(ConfigError, match="name them with --task"):
+        check_slo_tasks({"chat": Slo(e2e_s=9.0)}, [TraceRow(0, 0.0, 1, 1)])
 
 
 # -- hints ----------------------------------------------------------------------------------------------------------

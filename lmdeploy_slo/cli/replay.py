@@ -14,18 +14,18 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from lmdeploy_slo.cli.generate import check_target, check_timeout
 from lmdeploy_slo.clock import MonotonicClock
 from lmdeploy_slo.config import ENV_TRACES_DIR, traces_dir
 from lmdeploy_slo.core.metrics import summarize
 from lmdeploy_slo.core.request import EndStatus
-from lmdeploy_slo.errors import ConfigError
 from lmdeploy_slo.offline.replay import Replayed
 from lmdeploy_slo.offline.replay import replay as replay_requests
 from lmdeploy_slo.offline.report import runs_table
 from lmdeploy_slo.offline.results import check_writable, write_requests, write_results
 from lmdeploy_slo.offline.slo_grammar import parse_slo_options
 from lmdeploy_slo.offline.traces import read_traces
-from lmdeploy_slo.offline.workload import OfferedRequest, build_workload
+from lmdeploy_slo.offline.workload import OfferedRequest, build_workload, check_slo_tasks
 
 _REFRESH_PER_S = 2  # drawing takes time from the messages
 _FAILURES_SHOWN = 3
@@ -43,7 +43,9 @@ def replay(
             "Several are merged on the instants they recorded.",
         ),
     ],
-    target: Annotated[str, typer.Option(metavar="HOST:PORT", help="The server.")] = "127.0.0.1:50051",
+    target: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="The server.", callback=check_target)
+    ] = "127.0.0.1:50051",
     task: Annotated[
         list[str] | None,
         typer.Option(metavar="TASK", help="Task of all rows of a trace; once per TRACE, in the same order."),
@@ -68,7 +70,8 @@ def replay(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the hints.")] = 0,
     timeout_s: Annotated[
-        float | None, typer.Option(help="Hard limit of each request (its gRPC deadline); default: none.")
+        float | None,
+        typer.Option(help="Hard limit of each request (its gRPC deadline); default: none.", callback=check_timeout),
     ] = None,
     json_out: Annotated[Path | None, typer.Option("--json", metavar="OUT", help="Write the result file.")] = None,
     requests_out: Annotated[Path | None, typer.Option(metavar="FILE.csv", help="Write one line per request.")] = None,
@@ -89,9 +92,8 @@ def replay(
     Ctrl-C cancels what is open; what was sent until then is still reported and written, open requests as cancelled.
     """
     slos = parse_slo_options(slo or [], slo_scale)
-    if timeout_s is not None and not timeout_s > 0:
-        raise ConfigError(f"--timeout-s: must be positive, got {timeout_s}")
     rows = read_traces(find_traces(traces, traces_folder or traces_dir()), task or [])
+    check_slo_tasks(slos, rows)
     requests = build_workload(rows, slos=slos, speedup=speedup, limit=limit, length_noise=length_noise, seed=seed)
     check_writable([json_out, requests_out])
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from lmdeploy_slo.core.slo import Slo
 from lmdeploy_slo.errors import ConfigError
-from lmdeploy_slo.offline.slo_grammar import slo_of
+from lmdeploy_slo.offline.slo_grammar import DEFAULT_TASK, slo_of
 from lmdeploy_slo.offline.traces import TraceRow
 
 _HINT_STREAM = 0x48494E54  # keeps these draws apart from others that start from the same seed
@@ -78,6 +78,15 @@ def build_workload(
         )
         for row, hint in zip(used, hints, strict=True)
     ]
+
+
+def check_slo_tasks(slos: Mapping[str, Slo], rows: Sequence[TraceRow]) -> None:
+    """Raises ConfigError for an SLO of a task that no row has: it would hold for nobody, most likely by a slip."""
+    tasks = {row.task for row in rows}
+    for task in slos:
+        if task != DEFAULT_TASK and task not in tasks:
+            named = ", ".join(sorted(filter(None, tasks))) or "no tasks; name them with --task"
+            raise ConfigError(f"--slo {task}=...: no request of the trace has this task; it has {named}")
 
 
 def draw_hints(rows: Sequence[TraceRow], *, sigma: float, bias: float = 1.0, seed: int = 0) -> list[int]:
