@@ -193,6 +193,44 @@ def test_priorities_are_honoured(pipe: Any, started: list[int], pace: Any) -> No
     assert [PRIORITIES[sorted(lengths).index(length)] for length in lengths] == sorted(PRIORITIES)
 
 
+@pytest.mark.parametrize("scheduler", ["edf", "annealing"])
+def test_a_later_and_more_urgent_prompt_goes_before_those_in_lmdeploys_line(
+    tiny_model: Path, pipe: Any, started: list[int], pace: Any, scheduler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lmdeploy_slo.engine.lmdeploy_options import LmdeployOptions
+    from lmdeploy_slo.engine.patching.hooks import line_of
+
+    def ask(*promised_ms: float) -> Iterator[Any]:
+        """Prompts that are longer the laxer they are."""
+        prompts = ["x" + " x" * int(each / 10_000) for each in promised_ms]
+        stream: Iterator[Any] = one.stream_infer(
+            prompts, gen_config=config(2), slo=[{"e2e_ms": e} for e in promised_ms]
+        )
+        return stream
+
+    def settle_until(in_lmdeploy: int) -> None:
+        pool = one.session_mgr.request_handle_pool
+        while pool.num_dispatched + len(line_of(pool)) < in_lmdeploy:
+            settle(one)
+        settle(one)
+
+    monkeypatch.setattr(LmdeployOptions, "effective_look_ahead", 6)
+    tight = importlib.import_module("lmdeploy").TurbomindEngineConfig(max_batch_size=SLOTS)
+    with lmdeploy_slo.pipeline(str(tiny_model), tight, scheduler=scheduler, device="cpu") as one:
+        pace.hold()
+        answers = [ask(60_000, 60_000)]
+        settle_until(2)
+        answers += [ask(90_000, 130_000, 80_000, 150_000, 110_000)]
+        settle_until(7)
+        answers += [ask(70_000)]
+        settle_until(8)
+        pace.release()
+        for stream in answers:
+            list(stream)
+    assert started[2:] == sorted(started[2:])
+    assert len(set(started[2:])) == 6
+
+
 def test_a_dropped_stream_ends_its_requests(pipe: Any) -> None:
     stream = pipe.stream_infer(["x"] * 5, gen_config=config(3000, ignore_eos=True))
     next(stream)
