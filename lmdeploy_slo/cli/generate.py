@@ -105,7 +105,8 @@ def generate(
     model: Annotated[str | None, typer.Option(help="Refuse any other model.")] = None,
     request_id: Annotated[str | None, typer.Option(help="Your name for the request.")] = None,
     fairness_id: Annotated[
-        str | None, typer.Option(help="Whom the request is counted to.", rich_help_panel=_SCHEDULING)
+        str | None,
+        typer.Option(help="Whom the request is counted to; no policy looks at it yet.", rich_help_panel=_SCHEDULING),
     ] = None,
     priority_class: Annotated[
         Tier | None, typer.Option(help="Tier above the SLO.", rich_help_panel=_SCHEDULING)
