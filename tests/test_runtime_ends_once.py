@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from hypothesis import settings
@@ -87,6 +87,15 @@ class Histories(RuleBasedStateMachine):
     def run(self, work: Coroutine[Any, Any, Any]) -> None:
         self.loop.run_until_complete(work)
 
+    def act(self, act: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Calls `act` on the loop, as clients and engines do, and lets what follows from it happen."""
+
+        async def on_loop() -> None:
+            act(*args, **kwargs)
+            await turns(5)
+
+        self.run(on_loop())
+
     # -- clients --------------------------------------------------------------
 
     @rule(
@@ -105,27 +114,24 @@ class Histories(RuleBasedStateMachine):
         )
         deadline_at_s = None if deadline_s is None else now_s + deadline_s
 
-        async def submit() -> None:
+        def submit() -> None:
             try:
                 stream = self.runtime.submit(spec, make_request(request_id), deadline_at_s=deadline_at_s)
                 self.readers.append(Reader(stream, self.loop))
             except RequestError:
                 self.refused += 1
-            await turns(5)
 
-        self.run(submit())
+        self.act(submit)
 
     @rule(request_id=IDS)
     def abort(self, request_id: str) -> None:
-        self.runtime.abort(request_id)
-        self.run(turns(5))
+        self.act(self.runtime.abort, request_id)
 
     @precondition(lambda self: self.readers)
     @rule(data=st.data())
     def reader_leaves(self, data: st.DataObject) -> None:
         reader = data.draw(st.sampled_from(self.readers))
-        reader.stream.cancel()
-        self.run(turns(5))
+        self.act(reader.stream.cancel)
 
     # -- engine ---------------------------------------------------------------
 
@@ -139,23 +145,20 @@ class Histories(RuleBasedStateMachine):
             if last:
                 del self.engine.requests[request_id]
         repeated = data.draw(st.booleans()) and events and events[-1].end is not None
-        self.engine.send(*events, *(events[-1:] if repeated else []))
-        self.run(turns(5))
+        self.act(self.engine.send, *events, *(events[-1:] if repeated else []))
 
     @precondition(lambda self: self.engine.requests)
     @rule(data=st.data(), how=st.sampled_from(["fails", "aborts"]))
     def engine_ends_one(self, data: st.DataObject, how: str) -> None:
         request_id = data.draw(st.sampled_from(sorted(self.engine.requests)))
         if how == "fails":
-            self.engine.fail(request_id)
+            self.act(self.engine.fail, request_id)
         else:
-            self.engine.emit(request_id, end=FinishReason.ABORT, text="")
-        self.run(turns(5))
+            self.act(self.engine.emit, request_id, end=FinishReason.ABORT, text="")
 
     @rule()
     def engine_crashes(self) -> None:
-        self.engine.crash()
-        self.run(turns(5))
+        self.act(self.engine.crash)
 
     @rule(error=st.sampled_from([None, None, EngineUnavailable("gone"), ZeroDivisionError()]))
     def engine_changes(self, error: Exception | None) -> None:
@@ -180,8 +183,7 @@ class Histories(RuleBasedStateMachine):
     def planner_hangs_or_goes_on(self, holds: bool) -> None:
         self.executor.holds = holds
         if not holds:
-            self.executor.release()
-        self.run(turns(5))
+            self.act(self.executor.release)
 
     # -- what always holds ----------------------------------------------------
 
@@ -205,9 +207,9 @@ class Histories(RuleBasedStateMachine):
     def teardown(self) -> None:
         self.engine.deaf = False
         self.executor.holds = False
-        self.executor.release()
+        self.act(self.executor.release)
         self.run(self.runtime.drain(1.0))
-        self.engine.step()  # a token of a request whose abort was lost has it aborted again
+        self.act(self.engine.step)  # a token of a request whose abort was lost has it aborted again
         assert not self.engine.requests
         self.run(self.runtime.close())
         self.run(turns(50))

@@ -15,7 +15,7 @@ from lmdeploy_slo.core.request import FinishReason
 from lmdeploy_slo.core.slo import NO_SLO, Timing
 from lmdeploy_slo.engine.base import EngineEvent, TokenLogprob
 from lmdeploy_slo.errors import Cancelled, RequestError
-from lmdeploy_slo.runtime.stream import COMPACT_AT, Completion, Delta, RequestStream
+from lmdeploy_slo.runtime.stream import COMPACT_AT, MAX_MERGED_TOKENS, Completion, Delta, RequestStream
 from lmdeploy_slo.scheduling.admission import Forecast
 from lmdeploy_slo.testing.virtual_time import run_virtual
 
@@ -218,20 +218,47 @@ def test_a_reader_that_was_cancelled_may_read_on() -> None:
     run(scenario, 0.01)
 
 
-def test_what_a_stuck_reader_missed_is_kept_as_one_event() -> None:
+def test_what_a_stuck_reader_missed_is_kept_in_few_pieces_of_bounded_size() -> None:
     async def scenario(stream: RequestStream, clock: VirtualClock) -> None:
-        tokens = [97 + i % 26 for i in range(10 * COMPACT_AT)]
+        tokens = [97 + i % 26 for i in range(3 * MAX_MERGED_TOKENS + 7)]
         for token in tokens:
             stream.push(event(token, logprobs=[[TokenLogprob(token, -1.0)]]))
-            assert len(stream._pending) <= COMPACT_AT + 1
+            assert len(stream._pending) <= COMPACT_AT + 4
         stream.close(END)
-        delta = await stream.__anext__()
-        assert list(delta.token_ids) == tokens
-        assert delta.text == "".join(map(chr, tokens))
-        assert delta.logprobs is not None
-        assert [candidates[0].token_id for candidates in delta.logprobs] == tokens
+        deltas = [d async for d in stream]
+        assert len(deltas) == 3
+        assert all(len(d.token_ids) < MAX_MERGED_TOKENS + COMPACT_AT + 1 for d in deltas)
+        assert [token for d in deltas for token in d.token_ids] == tokens
+        assert "".join(d.text for d in deltas) == "".join(map(chr, tokens))
+        assert [c[0].token_id for d in deltas for c in d.logprobs or ()] == tokens
+        assert [d.completion is not None for d in deltas] == [False, False, True]
 
     run(scenario, 0.01)
+
+
+def test_the_pieces_of_a_reader_that_falls_behind_follow_each_other_at_once() -> None:
+    async def scenario(stream: RequestStream, clock: VirtualClock) -> None:
+        for _ in range(2 * MAX_MERGED_TOKENS):
+            stream.push(event(97))
+        lengths = [len((await stream.__anext__()).token_ids) for _ in range(2)]
+        assert sum(lengths) == 2 * MAX_MERGED_TOKENS
+        assert clock.now_s() == 0.0
+
+    run(scenario, 10.0)
+
+
+def test_a_whole_answer_has_everything_however_long() -> None:
+    async def scenario(stream: RequestStream, clock: VirtualClock) -> None:
+        result = asyncio.ensure_future(stream.result())
+        for _ in range(2 * MAX_MERGED_TOKENS):
+            stream.push(event(97))
+        stream.push(event(text="tail"))
+        stream.close(END)
+        delta = await result
+        assert delta.text == "a" * 2 * MAX_MERGED_TOKENS + "tail"
+        assert (len(delta.token_ids), delta.completion) == (2 * MAX_MERGED_TOKENS, END)
+
+    run(scenario, 0.0)
 
 
 def test_cancel_tells_the_owner_until_the_end() -> None:

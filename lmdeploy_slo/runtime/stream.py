@@ -27,6 +27,9 @@ from lmdeploy_slo.scheduling.admission import Forecast
 COMPACT_AT = 64
 """Events of a slow reader that are kept as they came; where deltas may be merged anyway, more become one."""
 
+MAX_MERGED_TOKENS = 4096
+"""No merged delta grows beyond this by more than one event: clients bound the size of a message, too."""
+
 
 @dataclass(frozen=True, slots=True)
 class Completion:
@@ -76,6 +79,7 @@ class RequestStream:
         "_error",
         "_interval_s",
         "_lagging_text",
+        "_loose",
         "_merge",
         "_next_at_s",
         "_pending",
@@ -93,6 +97,7 @@ class RequestStream:
         self._merge = flush_interval_s > 0
         self._cancel = cancel
         self._pending: deque[EngineEvent] = deque()
+        self._loose = 0  # of them, at the end: as they came, not merged yet
         self._lagging_text = ""  # text that came without a token; goes with the next
         self._next_at_s = -math.inf  # the next delta leaves no earlier, unless it is the last
         self._completion: Completion | None = None
@@ -137,10 +142,10 @@ class RequestStream:
             await self._wait()
         if self._error is not None:
             raise self._error
-        events, completion = self._take(1)
-        if not events:
-            return Delta((), "", None, completion)
-        return Delta(events[0].token_ids, events[0].text, events[0].logprobs, completion)
+        self._delivered = True
+        whole = _merged([*self._pending, EngineEvent(self.request_id, text=self._lagging_text)])
+        self._pending.clear()
+        return Delta(whole.token_ids, whole.text, whole.logprobs, self._completion)
 
     def cancel(self, error: RequestError | None = None) -> None:
         """Ends the request with `error` (default `Cancelled`) where it has not ended; frees its slot at once."""
@@ -155,8 +160,10 @@ class RequestStream:
             self._push_irregular(event, count)
         else:
             self._pending.append(event)
-        if self._merge and len(self._pending) > COMPACT_AT:
-            self._pending = deque((_merged(self._pending),))
+        if self._merge:
+            self._loose += 1
+            if self._loose > COMPACT_AT:
+                self._compact()
         if self._waiter is not None and self._pending:
             self._wake_when_due()
 
@@ -196,13 +203,11 @@ class RequestStream:
             raise self._error
 
     def _take(self, most: int) -> tuple[Sequence[EngineEvent], Completion | None]:
-        """Up to `most` events in order, or all as one where deltas may be merged; the completion with the last."""
+        """Up to `most` events in order, or many as one where deltas may be merged; the completion with the last."""
         pending = self._pending
         events: Sequence[EngineEvent]
         if self._merge:
-            self._next_at_s = self._clock.now_s() + self._interval_s
-            events = (pending[0],) if len(pending) == 1 else (_merged(pending),) if pending else ()
-            pending.clear()
+            events = self._take_merged()
         elif most >= len(pending):
             events = list(pending)
             pending.clear()
@@ -216,6 +221,25 @@ class RequestStream:
             last = EngineEvent(self.request_id, last.token_ids, last.text + self._lagging_text, logprobs=last.logprobs)
             events = (*events[:-1], last)
         return events, self._completion
+
+    def _take_merged(self) -> Sequence[EngineEvent]:
+        pending, taken, tokens = self._pending, [], 0
+        while pending and tokens < MAX_MERGED_TOKENS:
+            event = pending.popleft()
+            tokens += len(event.token_ids)
+            taken.append(event)
+        self._loose = min(self._loose, len(pending))
+        self._next_at_s = -math.inf if pending else self._clock.now_s() + self._interval_s
+        return taken if len(taken) < 2 else (_merged(taken),)
+
+    def _compact(self) -> None:
+        """Merges the events that came last, into the block before them where that is not full."""
+        pending = self._pending
+        tail = [pending.pop() for _ in range(min(self._loose, len(pending)))]
+        if pending and len(pending[-1].token_ids) < MAX_MERGED_TOKENS:
+            tail.append(pending.pop())
+        pending.append(_merged(tail[::-1]))
+        self._loose = 0
 
     async def _wait(self) -> None:
         if self._waiter is not None:
@@ -257,7 +281,7 @@ def _nothing(error: RequestError) -> None:
     """What `cancel` does after the end."""
 
 
-def _merged(events: Sequence[EngineEvent] | deque[EngineEvent]) -> EngineEvent:
+def _merged(events: Sequence[EngineEvent]) -> EngineEvent:
     """One event with everything of `events`, in order, in as little memory as it takes."""
     token_ids = array("I")
     logprobs: list[Sequence[TokenLogprob]] | None = None

@@ -262,7 +262,7 @@ async def test_a_reader_that_does_not_read_holds_nobody_up(flush_interval_s: flo
     async with served(flush_interval_s=flush_interval_s) as server:
         slow, fast = server.stream("slow"), server.stream("fast")
         await server.engine.has("slow", "fast")
-        text, tokens = "x" * 40_000, 300  # far more than the windows of a connection hold
+        text, tokens = "x" * 10_000, 300  # far more than the windows of a connection hold
         for i in range(0, tokens, 3):
             for token in range(i, i + 3):
                 server.engine.emit("slow", token, text=text)
