@@ -184,7 +184,7 @@ def test_the_other_calls(server: ScriptedServer, connect: Callable[..., Any]) ->
         answers(
             pb.GetServerInfoResponse(policy="fcfs", versions={"numba": "1"}, task_slos={"chat": pb.Slo(ttft_ms=1)})
         ),
-        answers(pb.GetLoadResponse(waiting=2, kv_usage=0.0, draining=True)),
+        answers(pb.GetLoadResponse(waiting=2, kv_usage=0.0, draining=True, failed_plans=3)),
     ]
     forecast = face.call("predict", "x", e2e_ms=4)
     assert (forecast.predicted.e2e_ms, forecast.would_meet_slo, forecast.queue_position) == (5, None, 3)
@@ -195,6 +195,7 @@ def test_the_other_calls(server: ScriptedServer, connect: Callable[..., Any]) ->
     assert (info.versions, info.task_slos) == ({"numba": "1"}, {"chat": sdk.Objectives(ttft_ms=1)})
     load = face.call("load")
     assert (load.waiting, load.kv_usage, load.last_plan_ms, load.draining) == (2, 0.0, None, True)
+    assert load.failed_plans == 3
     assert server.requests[0] == pb.PredictRequest(request=pb.GenerateRequest(text="x", slo=pb.Slo(e2e_ms=4)))
     assert server.requests[1] == pb.AbortRequest(request_id="r1")
 

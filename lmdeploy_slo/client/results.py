@@ -152,7 +152,10 @@ class ServerInfo:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What the server is doing. Counters run since it started; `with_slo` leaves cancelled requests out."""
+    """What the server is doing. Counters run since it started; `with_slo` leaves cancelled requests out.
+
+    failed_plans: of `plans`, those where the policy failed and arrival order stood in.
+    """
 
     waiting: int
     in_flight: int
@@ -169,6 +172,7 @@ class Load:
     last_plan_ms: float | None
     mean_plan_ms: float | None
     draining: bool
+    failed_plans: int
 
 
 def generation_of(message: pb.GenerateResponse) -> Generation:

@@ -200,6 +200,7 @@ class InferenceService:
             last_plan_ms=None if last_s is None else last_s * 1e3,
             mean_plan_ms=None if mean_s is None else mean_s * 1e3,
             draining=load.draining,
+            failed_plans=load.planner.failures,
         ).SerializeToString()
 
 

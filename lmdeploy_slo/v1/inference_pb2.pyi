@@ -330,7 +330,7 @@ class GetLoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetLoadResponse(_message.Message):
-    __slots__ = ("waiting", "in_flight", "waiting_prompt_tokens", "kv_usage", "finished", "rejected", "timed_out", "failed", "cancelled", "with_slo", "slo_met", "plans", "last_plan_ms", "mean_plan_ms", "draining")
+    __slots__ = ("waiting", "in_flight", "waiting_prompt_tokens", "kv_usage", "finished", "rejected", "timed_out", "failed", "cancelled", "with_slo", "slo_met", "plans", "last_plan_ms", "mean_plan_ms", "draining", "failed_plans")
     WAITING_FIELD_NUMBER: _ClassVar[int]
     IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     WAITING_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -346,6 +346,7 @@ class GetLoadResponse(_message.Message):
     LAST_PLAN_MS_FIELD_NUMBER: _ClassVar[int]
     MEAN_PLAN_MS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    FAILED_PLANS_FIELD_NUMBER: _ClassVar[int]
     waiting: int
     in_flight: int
     waiting_prompt_tokens: int
@@ -361,4 +362,5 @@ class GetLoadResponse(_message.Message):
     last_plan_ms: float
     mean_plan_ms: float
     draining: bool
-    def __init__(self, waiting: _Optional[int] = ..., in_flight: _Optional[int] = ..., waiting_prompt_tokens: _Optional[int] = ..., kv_usage: _Optional[float] = ..., finished: _Optional[int] = ..., rejected: _Optional[int] = ..., timed_out: _Optional[int] = ..., failed: _Optional[int] = ..., cancelled: _Optional[int] = ..., with_slo: _Optional[int] = ..., slo_met: _Optional[int] = ..., plans: _Optional[int] = ..., last_plan_ms: _Optional[float] = ..., mean_plan_ms: _Optional[float] = ..., draining: bool = ...) -> None: ...
+    failed_plans: int
+    def __init__(self, waiting: _Optional[int] = ..., in_flight: _Optional[int] = ..., waiting_prompt_tokens: _Optional[int] = ..., kv_usage: _Optional[float] = ..., finished: _Optional[int] = ..., rejected: _Optional[int] = ..., timed_out: _Optional[int] = ..., failed: _Optional[int] = ..., cancelled: _Optional[int] = ..., with_slo: _Optional[int] = ..., slo_met: _Optional[int] = ..., plans: _Optional[int] = ..., last_plan_ms: _Optional[float] = ..., mean_plan_ms: _Optional[float] = ..., draining: bool = ..., failed_plans: _Optional[int] = ...) -> None: ...

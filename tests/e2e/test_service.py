@@ -14,13 +14,15 @@ from served import Served, reason, refusal, request, served, soon, violated
 
 from lmdeploy_slo.clock import MonotonicClock
 from lmdeploy_slo.core.latency_model import StepModel
+from lmdeploy_slo.core.plan import Plan
 from lmdeploy_slo.core.request import FinishReason
-from lmdeploy_slo.core.snapshot import EngineLimits
+from lmdeploy_slo.core.snapshot import EngineLimits, Snapshot
 from lmdeploy_slo.engine.emulated import EmulatedEngine
 from lmdeploy_slo.errors import ConfigError
 from lmdeploy_slo.gateway.options import GatewayOptions
 from lmdeploy_slo.gateway.server import Gateway
 from lmdeploy_slo.gateway.service import SERVICE_NAME, InferenceService
+from lmdeploy_slo.scheduling.rules import RulePolicy
 from lmdeploy_slo.testing.builders import NO_TIME, make_slo
 from lmdeploy_slo.v1 import inference_pb2 as pb
 
@@ -132,6 +134,20 @@ async def test_model_server_and_load_are_told() -> None:
         assert (load.in_flight, load.waiting, load.plans) == (1, 0, 1)
         assert load.last_plan_ms >= 0
         assert load.mean_plan_ms == load.last_plan_ms
+        assert load.failed_plans == 0
+        call.cancel()
+
+
+async def test_a_failing_policy_shows_in_the_load() -> None:
+    class Broken(RulePolicy):
+        def plan(self, snapshot: Snapshot) -> Plan:
+            raise ZeroDivisionError
+
+    async with served(policy=Broken("fcfs")) as server:
+        call = server.stream()
+        await server.engine.has("r")  # in arrival order
+        load = await server.load()
+        assert load.failed_plans == load.plans == 1
         call.cancel()
 
 
