@@ -25,6 +25,8 @@ NOT_BASE = (
     "lmdeploy_slo.engine.lmdeploy",
     "lmdeploy_slo.engine.ray",
     "lmdeploy_slo.engine.transformers",
+    "lmdeploy_slo.offline.html_report",
+    "lmdeploy_slo.offline.plots",
     "lmdeploy_slo.testing.engine_contract",
 )
 

@@ -188,3 +188,15 @@ def test_mistakes_are_told_in_one_line(
 ) -> None:
     assert call(monkeypatch, "simulate", trace, *arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_report_without_matplotlib_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, trace: str
+) -> None:
+    for module in ("lmdeploy_slo.offline.html_report", "lmdeploy_slo.offline.plots"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # importing it raises
+    assert call(monkeypatch, "simulate", trace, "--policy", "fcfs", "--report", str(tmp_path / "report")) == 2
+    captured = capsys.readouterr()
+    assert "pip install 'lmdeploy-slo[report]'" in captured.err
+    assert captured.out == ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from lmdeploy_slo import __version__
 from lmdeploy_slo.cli import simulation_options as options
 from lmdeploy_slo.offline.experiment import Load, Outcome, run_once
 from lmdeploy_slo.offline.report import runs_table
@@ -53,6 +56,13 @@ def simulate(
             help="Write one line per request; of several runs each to a file of its own, FILE.POLICY.xSPEEDUP.csv.",
         ),
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Write a page with plots, index.html, and the plots as PNG; needs lmdeploy-slo[report].",
+        ),
+    ] = None,
     traces_folder: options.TracesFolder = None,
 ) -> None:
     """Replay recorded traces in virtual time, without a server.
@@ -79,6 +89,10 @@ def simulate(
     runs = [(name, factor) for factor in speedups for name in policies]
     request_files = [requests_out and request_file(requests_out, *run, several=len(runs) > 1) for run in runs]
     check_writable([json_out, *request_files])
+    if report is not None:
+        from lmdeploy_slo.offline import html_report
+
+        html_report.check_folder(report)
     rows = options.read_rows(traces, task, traces_folder)
 
     outcomes: list[Outcome] = []
@@ -99,7 +113,8 @@ def simulate(
             remarks.append(f"{label}: {_remark(outcome, time.monotonic() - began_at_s)}")
             if file is not None:
                 write_requests(file, outcome.records)
-            outcome.records.clear()
+            if report is None:
+                outcome.records.clear()
             outcomes.append(outcome)
     results = [outcome.run for outcome in outcomes]
     if json_out is not None:
@@ -108,6 +123,44 @@ def simulate(
     console.print(runs_table(results))
     for text in remarks:
         console.print(text, markup=False, highlight=False)
+    if report is not None:
+        from lmdeploy_slo.offline.plots import Case
+
+        cases = [
+            Case(name, factor, outcome.run, outcome.records)
+            for (name, factor), outcome in zip(runs, outcomes, strict=True)
+        ]
+        settings = {
+            "traces": ", ".join(traces),
+            "requests": f"{total:,}",
+            "SLOs": " ".join(slo or []) or "none",
+            "SLO scale": f"{slo_scale:g}",
+            "profile": profile,
+            "instances": f"{instances}",
+            "in flight per instance": f"{max_batch_size}",
+            "prompt tokens per step": f"{max_prefill_tokens}",
+            "KV cache, tokens": "unlimited" if kv_tokens is None else f"{kv_tokens:,}",
+            "prefix cache, tokens": "none" if prefix_cache_tokens is None else f"{prefix_cache_tokens:,}",
+            "length hints": "none: lengths are predicted"
+            if length_noise is None
+            else f"true length x {length_bias:g} x lognormal(0, {length_noise:g})",
+            "seed": f"{seed}",
+            "planner's profile": planner_profile or profile,
+            "planner's scale": f"{planner_scale:g}",
+            "planning budget": f"{plan_evaluations} evaluations, {plan_latency_ms:g} ms",
+            "version": __version__,
+        }
+        page = html_report.write_report(
+            report,
+            html_report.Report(
+                title=f"{', '.join(policies)} on {', '.join(Path(trace).name for trace in traces)}",
+                subtitle=f"{total:,} requests, {profile}, simulated by lmdeploy_slo {__version__}",
+                cases=cases,
+                settings=settings,
+                command=f"lmdeploy_slo {shlex.join(sys.argv[1:])}",
+            ),
+        )
+        console.print(f"report: {page}", markup=False, highlight=False, soft_wrap=True)
 
 
 def request_file(path: Path, policy: str, speedup: float, *, several: bool) -> Path:
