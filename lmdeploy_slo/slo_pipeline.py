@@ -53,7 +53,7 @@ def pipeline(
 ) -> Any:
     """LMDeploy's `pipeline` with a scheduler; the arguments before `scheduler` are LMDeploy's.
 
-    scheduler: how requests are ordered, or the name of a policy. profile: the step model planning starts from, by name
+    scheduler: how requests are ordered, or the name of a policy. profile: the step model planning goes by, by name
     or file. device: auto, cuda or cpu; without a GPU the CPU stand-in computes. Returns a Pipeline; close it, or use
     it as a context manager. Raises ConfigError for a model or a configuration that TurboMind does not take.
     """

@@ -33,7 +33,7 @@ def serve(
         None, help="emulated or lmdeploy.", show_default="lmdeploy with a MODEL, emulated without"
     ),
     profile: str | None = _option(
-        "engine.profile", "Step-model profile, by name or file: how fast the engine is, or is first believed to be."
+        "engine.profile", "Step-model profile, by name or file: how fast the engine is, or is believed to be."
     ),
     policy: str | None = _option("scheduler.policy", "Who goes first, and how many at a time."),
     max_batch_size: int | None = _option("engine.max_batch_size", "Requests in flight, at most."),
