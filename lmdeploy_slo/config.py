@@ -94,7 +94,7 @@ _OF_LMDEPLOY = ("device", "patched", "look_ahead", "chat_template", "trust_remot
 class EngineConfig(_Section):
     """What runs the model. Unset `kind`: lmdeploy with a model, emulated without one.
 
-    profile: a step-model profile, by name or file: the emulated engine's truth, what every other engine is believed to cost.
+    profile: a step-model profile, by name or file: the emulated engine's truth, and what is believed of any other.
     kv_tokens, max_session_tokens: unset is no bound for the emulated engine, LMDeploy's own for LMDeploy.
     prefill_for_tpot_ms: lowers max_prefill_tokens so far that this TPOT holds, as `engine.prefill_limit` says; set it
     to the tightest one that is promised.
