@@ -226,7 +226,7 @@ class Histories(RuleBasedStateMachine):
         assert load.ended[EndStatus.FINISHED] == finished
         assert sum(load.ended.values()) == len(self.readers) + self.refused
         assert not self.runtime._leaving
-        assert not self.runtime._live and not self.runtime._by_handle and not self.runtime._progress
+        assert not self.runtime._live and not self.runtime._by_handle and not self.runtime._in_engine
         assert not [timer for timer in self.loop._scheduled if not timer.cancelled()]  # type: ignore[attr-defined]
         asyncio.set_event_loop(None)
         self.loop.close()

@@ -5,10 +5,6 @@
 Every request ends exactly once, in `_end`, whatever ended it: its last token, an abort, its reader, its deadline, its
 queue timeout, the engine, or the shutdown. From then on nothing here knows it.
 
-Planning. Whatever can change a plan marks it stale; a task takes a snapshot, has it planned off the loop, applies the
-plan and starts again where something happened meanwhile. Many events during one plan thus lead to one more plan; so
-do many within `plan_gap_s` of its start, so that a burst of arrivals costs one plan rather than one each.
-
 Times. A request is judged by the instants at which the engine's events became known, on the clock given.
 """
 
@@ -16,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -38,9 +33,10 @@ from lmdeploy_slo.errors import (
     RequestIdInUse,
     Unattainable,
 )
+from lmdeploy_slo.runtime.plan_loop import PlanLoop
 from lmdeploy_slo.runtime.planner import Planner
 from lmdeploy_slo.runtime.start_order import StartOrder
-from lmdeploy_slo.runtime.statistics import EndCounts, RuntimeLoad
+from lmdeploy_slo.runtime.statistics import DispatchRate, EndCounts, RuntimeLoad
 from lmdeploy_slo.runtime.stream import Completion, RequestStream
 from lmdeploy_slo.scheduling.admission import Forecast, forecast, unmet_objectives
 from lmdeploy_slo.scheduling.policy import Policy
@@ -48,16 +44,11 @@ from lmdeploy_slo.scheduling.scheduler import Dispatch, Scheduler
 
 logger = logging.getLogger(__name__)
 
-IDLE_REPLAN_S = 0.05
-"""A plan that sends nothing into an idle engine, and names no time to ask again, is asked again after this long."""
-
-RETRY_AFTER_RANGE_S = (0.1, 30.0)
-
 
 @dataclass(frozen=True, slots=True)
 class RuntimeOptions:
-    """flush_interval_s: 0 to 60, see `runtime.stream`; 0: one token a delta. plan_gap_s: 0 to 1, the shortest time
-    between the starts of two plans. shed: refuse sheddable requests whose forecast breaks their SLO. instance: name
+    """flush_interval_s: 0 to 60, see `runtime.stream`; 0: one token a delta. plan_gap_s: 0 to 1, see
+    `runtime.plan_loop`. shed: refuse sheddable requests whose forecast breaks their SLO. instance: name
     of the engine instance, None for "<engine>-0"."""
 
     flush_interval_s: float = 0.007
@@ -83,6 +74,8 @@ class _Live:
     timing: Timing
     predicted: Forecast
     rank: int = -1
+    output_tokens: int = 0
+    reported_tokens: int = 0  # of them, those the scheduler knows of
     cached_tokens: int | None = None
     last_token_at_s: float | None = None
     queue_timer: asyncio.TimerHandle | None = None
@@ -114,21 +107,25 @@ class Runtime:
         if executor is None:
             executor = self._own_executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="planner")
         self._planner = Planner(policy, executor, clock)
+        self._plans = PlanLoop(
+            scheduler,
+            self._planner,
+            StartOrder(engine, scheduler, policy, lambda h: self._by_handle[h].spec.request_id),
+            clock,
+            self.options.plan_gap_s,
+            report_progress=self._report_progress,
+            dispatch=self._dispatch,
+        )
         self._counts = EndCounts()
         self._live: dict[str, _Live] = {}
         self._by_handle: dict[int, _Live] = {}
-        self._start_order = StartOrder(engine, scheduler, policy, lambda h: self._by_handle[h].spec.request_id)
+        self._in_engine: dict[str, _Live] = {}
         self._leaving: set[str] = set()  # aborted in the engine, its last event still to come
-        self._progress: dict[int, int] = {}  # handle -> tokens the scheduler was not told of yet
-        self._progress_at_s = 0.0
+        self._last_step_at_s = 0.0
         self._started = self._draining = self._engine_lost = False
-        self._stale = asyncio.Event()  # the last plan is
         self._empty = asyncio.Event()
         self._empty.set()
-        self._planning: asyncio.Task[None] | None = None
-        self._replan_timer: asyncio.TimerHandle | None = None
-        self._dispatch_gap_s: float | None = None  # recent mean time between dispatches
-        self._last_dispatch_at_s: float | None = None
+        self._dispatch_rate = DispatchRate()
 
     # -- life -----------------------------------------------------------------
 
@@ -136,7 +133,7 @@ class Runtime:
         """Ready for requests when it returns: policy compiled, engine up. Raises what either raises."""
         await self._planner.warm_up()
         await self.engine.start(self._on_events)
-        self._planning = asyncio.get_running_loop().create_task(self._keep_planning(), name="planning")
+        self._plans.start()
         self._started = True
 
     async def drain(self, grace_s: float) -> None:
@@ -152,12 +149,7 @@ class Runtime:
         """Ends whatever is left with `Draining`, closes the engine and the worker thread. Idempotent."""
         self._draining = True
         self._end_all()
-        if self._replan_timer is not None:
-            self._replan_timer.cancel()
-        if self._planning is not None:
-            self._planning.cancel()
-            await asyncio.wait([self._planning])
-            self._planning = None
+        await self._plans.close()
         await self.engine.close()
         if self._own_executor is not None:
             self._own_executor.shutdown(wait=False)
@@ -190,7 +182,7 @@ class Runtime:
             live.queue_timer = loop.call_later(wait_s, self._on_queue_timeout, live)
         if deadline_at_s is not None:
             live.deadline_timer = loop.call_later(deadline_at_s - now_s, self._on_deadline, live)
-        self._stale.set()
+        self._plans.mark_stale()
         return live.stream
 
     def abort(self, request_id: str) -> bool:
@@ -245,60 +237,20 @@ class Runtime:
         return live
 
     def _retry_after_s(self) -> float:
-        """When a tenth of the queue is gone at the recent rate of dispatches."""
-        shortest_s, longest_s = RETRY_AFTER_RANGE_S
-        wait_s = 0.1 * self.scheduler.statistics().waiting * (self._dispatch_gap_s or 0.0)
-        return min(max(wait_s, shortest_s), longest_s)
+        return self._dispatch_rate.retry_after_s(self.scheduler.statistics().waiting)
 
-    # -- planning and dispatch ------------------------------------------------
-
-    async def _keep_planning(self) -> None:
-        next_at_s = -math.inf
-        while True:
-            await self._stale.wait()
-            wait_s = next_at_s - self.clock.now_s()
-            if wait_s > 0:
-                await asyncio.sleep(wait_s)
-            self._stale.clear()
-            if self._replan_timer is not None:
-                self._replan_timer.cancel()
-                self._replan_timer = None
-            try:
-                if self.scheduler.statistics().waiting:
-                    next_at_s = self.clock.now_s() + self.options.plan_gap_s
-                    await self._plan_once()
-                else:  # the order of those in the engine may still have changed
-                    self._start_order.renew(self.clock.now_s())
-            except Exception:  # a defect here must not stop all planning
-                logger.exception("planning failed")
-                self._replan_after(IDLE_REPLAN_S)
-
-    async def _plan_once(self) -> None:
-        self._report_progress()
-        plan = await self._planner.plan(self.scheduler.snapshot(self.clock.now_s()))
-        now_s = self.clock.now_s()
-        dispatches = self.scheduler.apply(plan, now_s)
-        for dispatch in dispatches:
-            self._dispatch(dispatch, now_s)
-        if plan.replan_after_s is not None:
-            self._replan_after(plan.replan_after_s)
-        elif not self.scheduler.statistics().running:
-            self._replan_after(IDLE_REPLAN_S)
-        self._start_order.renew(now_s)
-
-    def _replan_after(self, delay_s: float) -> None:
-        self._replan_timer = asyncio.get_running_loop().call_later(max(0.0, delay_s), self._stale.set)
+    # -- dispatch -------------------------------------------------------------
 
     def _dispatch(self, dispatch: Dispatch, now_s: float) -> None:
-        live = self._by_handle[dispatch.handle]
+        live = self._by_handle.get(dispatch.handle)
+        if live is None:  # ended by what the dispatch of another one led to
+            return
         live.rank = dispatch.rank
         live.timing.dispatched_at_s = now_s
+        self._in_engine[live.spec.request_id] = live
         if live.queue_timer is not None:
             live.queue_timer.cancel()
-        if self._last_dispatch_at_s is not None:
-            gap_s = now_s - self._last_dispatch_at_s
-            self._dispatch_gap_s = gap_s if self._dispatch_gap_s is None else 0.9 * self._dispatch_gap_s + 0.1 * gap_s
-        self._last_dispatch_at_s = now_s
+        self._dispatch_rate.note(now_s)
         try:
             self.engine.submit(live.request, dispatch.rank)
             self._set_engine_lost(False)
@@ -319,47 +271,55 @@ class Runtime:
 
     def _report_progress(self) -> None:
         """Tells the scheduler what was generated since it last looked; one call a request, not one a token."""
-        for handle, count in self._progress.items():
-            self.scheduler.on_tokens(handle, count, self._progress_at_s)
-        self._progress.clear()
+        for live in self._in_engine.values():
+            count = live.output_tokens - live.reported_tokens
+            if count:
+                live.reported_tokens = live.output_tokens
+                self.scheduler.on_tokens(live.handle, count, self._last_step_at_s)
 
     # -- events ---------------------------------------------------------------
 
     def _on_events(self, events: Sequence[EngineEvent], at_s: float) -> None:
         """The engine's sink."""
-        lives, progress = self._live, self._progress
-        self._progress_at_s = at_s
-        for event in events:
-            live = lives.get(event.request_id)
+        in_engine = self._in_engine
+        self._last_step_at_s = at_s
+        for event in events:  # every token passes here: what is common comes first
+            live = in_engine.get(event.request_id)
             if live is None:
                 self._on_stray_event(event)
                 continue
             try:
                 count = len(event.token_ids)
                 if count:
+                    live.output_tokens += count
                     live.last_token_at_s = at_s
-                    timing = live.timing
-                    timing.output_tokens += count
-                    if timing.first_token_at_s is None:
-                        timing.first_token_at_s = at_s
-                        self.scheduler.on_tokens(live.handle, count, at_s)
-                    else:
-                        progress[live.handle] = progress.get(live.handle, 0) + count
+                    if live.timing.first_token_at_s is None:
+                        self._on_first_token(live, at_s)
                 if event.cached_tokens is not None:
                     live.cached_tokens = event.cached_tokens
-                if event.error is not None:
-                    self._end(live, EndStatus.FAILED, event.error, in_engine=False)
-                elif event.end is FinishReason.ABORT:
-                    self._end(live, EndStatus.FAILED, EngineError("the engine ended it", "aborted"), in_engine=False)
-                else:
+                if event.end is None and event.error is None:
                     live.stream.push(event)
-                    if event.end is not None:
-                        self._finish(live, event.end, at_s)
+                else:
+                    self._on_last_event(live, event, at_s)
             except Exception:  # the other requests of this step go on
                 logger.exception("an event of request %s could not be handled", event.request_id)
                 self._end(live, EndStatus.FAILED, RequestError("internal error"))
         if self.policy.wants_ticks:
-            self._stale.set()
+            self._plans.mark_stale()
+
+    def _on_first_token(self, live: _Live, at_s: float) -> None:
+        live.timing.first_token_at_s = at_s
+        live.reported_tokens = live.output_tokens
+        self.scheduler.on_tokens(live.handle, live.output_tokens, at_s)
+
+    def _on_last_event(self, live: _Live, event: EngineEvent, at_s: float) -> None:
+        if event.error is not None:
+            self._end(live, EndStatus.FAILED, event.error, in_engine=False)
+        elif event.end is None or event.end is FinishReason.ABORT:
+            self._end(live, EndStatus.FAILED, EngineError("the engine ended it", "aborted"), in_engine=False)
+        else:
+            live.stream.push(event)
+            self._finish(live, event.end, at_s)
 
     def _on_stray_event(self, event: EngineEvent) -> None:
         """An event of a request that has ended here: its last one, or a token that nobody waits for."""
@@ -379,6 +339,7 @@ class Runtime:
 
     def _finish(self, live: _Live, reason: FinishReason, at_s: float) -> None:
         timing = live.timing
+        timing.output_tokens = live.output_tokens
         timing.ended_at_s = at_s if live.last_token_at_s is None else live.last_token_at_s
         completion = Completion(
             request_id=live.spec.request_id,
@@ -416,7 +377,7 @@ class Runtime:
         request_id = live.spec.request_id
         del self._live[request_id]
         del self._by_handle[live.handle]
-        self._progress.pop(live.handle, None)
+        self._in_engine.pop(request_id, None)
         for timer in (live.queue_timer, live.deadline_timer):
             if timer is not None:
                 timer.cancel()
@@ -424,7 +385,7 @@ class Runtime:
         self._counts.count(status, live.spec.slo.met_by(live.timing))
         try:
             if status is EndStatus.FINISHED:
-                self.scheduler.finish(live.handle, live.timing.output_tokens)
+                self.scheduler.finish(live.handle, live.output_tokens)
             else:
                 self.scheduler.drop(live.handle)
         except Exception:  # what is learnt of a request must not undo its end
@@ -434,7 +395,7 @@ class Runtime:
             self._abort_in_engine(request_id)
         if not self._live:
             self._empty.set()
-        self._stale.set()
+        self._plans.mark_stale()
 
     def _abort_in_engine(self, request_id: str) -> None:
         try:

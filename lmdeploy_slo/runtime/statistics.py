@@ -1,4 +1,4 @@
-"""Counts of how requests ended, and what the runtime is doing."""
+"""Counts of how requests ended, how fast they are dispatched, and what the runtime is doing."""
 
 from __future__ import annotations
 
@@ -6,6 +6,29 @@ from dataclasses import dataclass, field
 
 from lmdeploy_slo.core.request import EndStatus
 from lmdeploy_slo.runtime.planner import PlannerStatistics
+
+RETRY_AFTER_RANGE_S = (0.1, 30.0)
+_MEMORY = 0.9  # weight of what was known in the mean time between dispatches
+
+
+@dataclass(slots=True)
+class DispatchRate:
+    """The recent mean time between dispatches."""
+
+    gap_s: float | None = None
+    last_at_s: float | None = None
+
+    def note(self, at_s: float) -> None:
+        """A request was dispatched."""
+        if self.last_at_s is not None:
+            gap_s = at_s - self.last_at_s
+            self.gap_s = gap_s if self.gap_s is None else _MEMORY * self.gap_s + (1 - _MEMORY) * gap_s
+        self.last_at_s = at_s
+
+    def retry_after_s(self, waiting: int) -> float:
+        """When a tenth of the queue will be gone, within `RETRY_AFTER_RANGE_S`."""
+        shortest_s, longest_s = RETRY_AFTER_RANGE_S
+        return min(max(0.1 * waiting * (self.gap_s or 0.0), shortest_s), longest_s)
 
 
 @dataclass(slots=True)

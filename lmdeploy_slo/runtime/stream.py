@@ -68,7 +68,8 @@ class RequestStream:
     """An async iterator of `Delta` with one reader, on the loop of the runtime that made it.
 
     The last delta has `completion`. A request that ended otherwise raises the `RequestError` that ended it; tokens
-    not read by then are dropped. A reader that stops early calls `cancel`, or the request runs on for nobody.
+    not read by then are dropped; `failed` says so to a reader that still holds some. A reader that stops early calls
+    `cancel`, or the request runs on for nobody.
     """
 
     __slots__ = (
@@ -85,6 +86,7 @@ class RequestStream:
         "_pending",
         "_timer",
         "_waiter",
+        "failed",
         "request_id",
     )
 
@@ -92,6 +94,7 @@ class RequestStream:
         self, request_id: str, clock: Clock, flush_interval_s: float, cancel: Callable[[RequestError], None]
     ) -> None:
         self.request_id = request_id
+        self.failed = False
         self._clock = clock
         self._interval_s = flush_interval_s
         self._merge = flush_interval_s > 0
@@ -130,11 +133,6 @@ class RequestStream:
         await self._due()
         return self._take(len(self._pending))
 
-    @property
-    def failed(self) -> bool:
-        """Whether the request ended with an error: what was taken and not used by then is worth nothing."""
-        return self._error is not None
-
     async def result(self) -> Delta:
         """Waits for the end and returns everything not yet read as one delta; raises as iteration does."""
         self._merge, self._next_at_s = True, math.inf
@@ -172,7 +170,7 @@ class RequestStream:
         if isinstance(outcome, Completion):
             self._completion = outcome
         else:
-            self._error = outcome
+            self._error, self.failed = outcome, True
             self._pending.clear()
         self._cancel = _nothing
         self._wake()

@@ -1,0 +1,103 @@
+"""When plans are made, and that they are carried out.
+
+Whatever can change a plan marks it stale. A task takes a snapshot, has it planned off the loop, applies the plan and
+starts again where something happened meanwhile: many events during one plan lead to one more plan, and so do many
+within `gap_s` of its start, so that a burst of arrivals costs one plan rather than one each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Callable
+
+from lmdeploy_slo.clock import Clock
+from lmdeploy_slo.runtime.planner import Planner
+from lmdeploy_slo.runtime.start_order import StartOrder
+from lmdeploy_slo.scheduling.scheduler import Dispatch, Scheduler
+
+logger = logging.getLogger(__name__)
+
+IDLE_REPLAN_S = 0.05
+"""A plan that sends nothing into an idle engine, and names no time to ask again, is asked again after this long."""
+
+
+class PlanLoop:
+    """On the loop of the runtime that owns it."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        planner: Planner,
+        start_order: StartOrder,
+        clock: Clock,
+        gap_s: float,
+        *,
+        report_progress: Callable[[], None],
+        dispatch: Callable[[Dispatch, float], None],
+    ) -> None:
+        """report_progress: brings the scheduler up to date before a snapshot. dispatch: sends a request, at an instant,
+        to the engine; must not raise. gap_s: >= 0, see the module."""
+        self._scheduler = scheduler
+        self._planner = planner
+        self._start_order = start_order
+        self._clock = clock
+        self._gap_s = gap_s
+        self._report_progress = report_progress
+        self._dispatch = dispatch
+        self._stale = asyncio.Event()  # the last plan is
+        self._task: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._run(), name="planning")
+
+    def mark_stale(self) -> None:
+        """Something has happened that a plan should know; cheap."""
+        self._stale.set()
+
+    async def close(self) -> None:
+        """No plan is applied any more when it returns. Idempotent."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+            self._task = None
+
+    async def _run(self) -> None:
+        next_at_s = -math.inf
+        while True:
+            await self._stale.wait()
+            wait_s = next_at_s - self._clock.now_s()
+            if wait_s > 0:
+                await asyncio.sleep(wait_s)
+            self._stale.clear()
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            try:
+                if self._scheduler.statistics().waiting:
+                    next_at_s = self._clock.now_s() + self._gap_s
+                    await self._plan_once()
+                else:  # the order of those in the engine may still have changed
+                    self._start_order.renew(self._clock.now_s())
+            except Exception:  # a defect here must not stop all planning
+                logger.exception("planning failed")
+                self._ask_again_after(IDLE_REPLAN_S)
+
+    async def _plan_once(self) -> None:
+        self._report_progress()
+        plan = await self._planner.plan(self._scheduler.snapshot(self._clock.now_s()))
+        now_s = self._clock.now_s()
+        for dispatch in self._scheduler.apply(plan, now_s):
+            self._dispatch(dispatch, now_s)
+        if plan.replan_after_s is not None:
+            self._ask_again_after(plan.replan_after_s)
+        elif not self._scheduler.statistics().running:
+            self._ask_again_after(IDLE_REPLAN_S)
+        self._start_order.renew(now_s)
+
+    def _ask_again_after(self, delay_s: float) -> None:
+        self._timer = asyncio.get_running_loop().call_later(max(0.0, delay_s), self._stale.set)
