@@ -22,7 +22,7 @@ test-fast: $(READY)
 	$(BIN)/python -m pytest -m "not slow"
 
 # Against the real LMDeploy, on the CPU, in an environment of its own (1.9 GB). Where pip's index has no CPU build of
-# torch: make test-lmdeploy PIP_OPTIONS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# torch, name one that has: make test-lmdeploy PIP_OPTIONS="--extra-index-url URL" (see pytorch.org, "Get started").
 test-lmdeploy: $(LMDEPLOY_READY)
 	$(LMDEPLOY_BIN)/python -m pytest tests/with_lmdeploy
 
