@@ -25,6 +25,7 @@ COMMANDS = {
     "compare": "Simulate many combinations in parallel and compare them in pairs.",
     "capacity": "Find how much load, or how few instances, hold a target attainment.",
     "profile": "Make step-model profiles: fit one to recorded requests.",
+    "workload": "Make a trace from presets, lognormal lengths or conversations.",
     "plan": "Print the static plan for a list of requests.",
     "demo": "FCFS and annealing side by side on a generated workload.",
     "patch": "Show, check or export the patches that are put into LMDeploy.",

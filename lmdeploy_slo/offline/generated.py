@@ -20,12 +20,13 @@ from lmdeploy_slo.offline.traces import TraceRow
 
 _STREAM = 0x574F524B  # keeps these draws apart from others that start from the same seed
 
-_PROBABILITIES = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 1.0)
+PROBABILITIES = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 1.0)
+"""Where the quantiles of lengths are given."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """Quantiles of the lengths, tokens, at `_PROBABILITIES`; rates in requests a second, phases in seconds."""
+    """Quantiles of the lengths, tokens, at `PROBABILITIES`; rates in requests a second, phases in seconds."""
 
     name: str
     prompt_quantiles: tuple[int, ...]
@@ -83,9 +84,23 @@ def generate_workload(requests: int, seed: int = 0) -> list[TraceRow]:
     return [TraceRow(index, row[0] - first_s, row[1], row[2], row[3]) for index, row in enumerate(drawn[:requests])]
 
 
+def azure_lengths() -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Task -> quantiles of (prompt, output) at `PROBABILITIES`, tokens."""
+    return {task.name: (task.prompt_quantiles, task.output_quantiles) for task in _TASKS}
+
+
+def azure_shares() -> dict[str, float]:
+    """Task -> its share of the requests."""
+    rates = {
+        task.name: task.rate_rps * (1.0 if task.burst_s is None else task.burst_s / (task.burst_s + task.silence_s))
+        for task in _TASKS
+    }
+    return {name: rate / sum(rates.values()) for name, rate in rates.items()}
+
+
 def _lengths(quantiles: tuple[int, ...], count: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
     """Draws by inverting the distribution function, straight between the quantiles on a logarithmic axis."""
-    logarithms = np.interp(rng.random(count), _PROBABILITIES, np.log(quantiles))
+    logarithms = np.interp(rng.random(count), PROBABILITIES, np.log(quantiles))
     return np.maximum(1, np.rint(np.exp(logarithms))).astype(np.int64)
 
 
