@@ -13,7 +13,8 @@ from lmdeploy_slo.core.slo import NO_SLO, Slo
 
 
 class PriorityClass(IntEnum):
-    """Tiers above the SLO: every waiting request of a higher class goes before those of a lower one."""
+    """Tiers above the SLO: fixed rules serve a higher class first, `annealing` counts one met of it as ten of the class
+    below."""
 
     BULK = 0
     DEFAULT = 1
