@@ -174,6 +174,7 @@ def test_prefix_cache_hits_are_told(
         (("--policy", "fcfs,fcfs"), "--policy: fcfs is named twice"),
         (("--speedup", "1,fast"), "--speedup: cannot read 'fast'"),
         (("--speedup", "0"), "--speedup: must be a positive number"),
+        (("--slo", "chta=ttft:500"), "--slo chta=...: no request of the trace has this task"),
         (("--planner-scale", "0"), "--planner-scale: must be a positive number"),
         (("--profile", "a100"), "profile 'a100' is unknown"),
         (("--json", "/nowhere/out.json"), "cannot be written"),

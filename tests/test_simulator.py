@@ -18,7 +18,7 @@ from lmdeploy_slo.core.slo import Slo
 from lmdeploy_slo.core.snapshot import EngineLimits, Snapshot
 from lmdeploy_slo.offline.simulation.instance import IDLE_REPLAN_S
 from lmdeploy_slo.offline.simulator import SimulatedRequest, Simulator
-from lmdeploy_slo.runtime import runtime
+from lmdeploy_slo.runtime import plan_loop
 from lmdeploy_slo.scheduling.policy import Policy, SearchBudget, make_policy, policy_names
 from lmdeploy_slo.testing.builders import A100, make_slo, make_spec
 
@@ -128,7 +128,7 @@ def test_requests_go_to_the_instance_with_the_least_outstanding_work() -> None:
 
 
 def test_the_pause_after_an_idle_plan_is_that_of_the_runtime() -> None:
-    assert runtime.IDLE_REPLAN_S == IDLE_REPLAN_S
+    assert plan_loop.IDLE_REPLAN_S == IDLE_REPLAN_S
 
 
 class Reluctant:

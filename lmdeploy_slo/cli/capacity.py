@@ -17,6 +17,7 @@ from lmdeploy_slo.offline.parallel import Job, workers
 from lmdeploy_slo.offline.results import check_writable, write_json
 from lmdeploy_slo.offline.simulator import PLAN_EVALUATIONS, PLAN_LATENCY_S
 from lmdeploy_slo.offline.slo_grammar import parse_slo_options
+from lmdeploy_slo.offline.workload import check_slo_tasks
 
 _DEFAULTS = options.DEFAULTS
 _TRACE = "trace"
@@ -78,6 +79,7 @@ def capacity(
     )
     check_writable([json_out])
     rows = options.read_rows(traces, task, traces_folder)
+    check_slo_tasks(load.slos, rows)
     questions = [Question(Job(_TRACE, load, fleet, name, seed), vary, target, tolerance, seeds) for name in policies]
     found: dict[int, Capacity] = {}
     with workers({_TRACE: rows}, jobs) as pool, options.progress_bar("policies", len(policies)) as advance:

@@ -28,6 +28,7 @@ from lmdeploy_slo.offline.parallel import workers
 from lmdeploy_slo.offline.results import check_writable, write_results
 from lmdeploy_slo.offline.simulator import PLAN_EVALUATIONS, PLAN_LATENCY_S
 from lmdeploy_slo.offline.slo_grammar import parse_slo_options
+from lmdeploy_slo.offline.workload import check_slo_tasks
 
 _DEFAULTS = options.DEFAULTS
 
@@ -103,6 +104,7 @@ def compare(
     )
     check_writable([json_out])
     rows = {name: options.read_rows(name.split("+"), task, traces_folder) for name in traces}
+    check_slo_tasks(load.slos, [row for trace in rows.values() for row in trace])
     runs = len(grid.contenders) * len(grid.columns) * len(grid.seeds)
     with workers(rows, jobs) as pool, options.progress_bar("runs", runs) as advance:
         comparison = run_grid(grid, load, fleet, pool, advance)

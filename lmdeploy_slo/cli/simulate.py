@@ -21,6 +21,7 @@ from lmdeploy_slo.offline.report import runs_table
 from lmdeploy_slo.offline.results import check_writable, write_requests, write_results
 from lmdeploy_slo.offline.simulator import PLAN_EVALUATIONS, PLAN_LATENCY_S
 from lmdeploy_slo.offline.slo_grammar import parse_slo_options
+from lmdeploy_slo.offline.workload import check_slo_tasks
 
 _DEFAULTS = options.DEFAULTS
 
@@ -94,6 +95,7 @@ def simulate(
 
         html_report.check_folder(report)
     rows = options.read_rows(traces, task, traces_folder)
+    check_slo_tasks(slos, rows)
 
     outcomes: list[Outcome] = []
     remarks: list[str] = []
