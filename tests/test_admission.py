@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lmdeploy_slo.core.latency_model import StepModel
-from lmdeploy_slo.core.request import PriorityClass
+from lmdeploy_slo.core.request import PriorityClass, RequestSpec
 from lmdeploy_slo.core.slo import Slo
-from lmdeploy_slo.core.snapshot import EngineLimits
-from lmdeploy_slo.scheduling.admission import forecast, unmet_objectives
+from lmdeploy_slo.core.snapshot import EngineLimits, Snapshot
+from lmdeploy_slo.scheduling.admission import Forecast, Outlook, unmet_objectives
 from lmdeploy_slo.testing.builders import A100, make_slo, make_snapshot, make_spec
 
 STEP_S = 0.01
 CONSTANT = StepModel(STEP_S, 0.0, 0.0, 0.0, 0.0)
 """Every step takes 10 ms."""
+
+
+def forecast(snapshot: Snapshot, spec: RequestSpec, output_tokens: float) -> Forecast:
+    return Outlook(snapshot).forecast(spec, output_tokens)
 
 
 def test_an_idle_engine_starts_at_once() -> None:
@@ -94,7 +100,7 @@ def test_a_one_token_output_meets_any_tpot() -> None:
 
 row = st.fixed_dictionaries(
     {
-        "prompt_tokens": st.floats(1, 8000),
+        "prompt_tokens": st.integers(1, 8000).map(float),
         "output_tokens": st.floats(1, 2000),
         "generated_tokens": st.floats(0, 3000),
         "tier": st.integers(0, 3).map(float),
@@ -106,7 +112,7 @@ row = st.fixed_dictionaries(
     waiting=st.lists(row, max_size=12),
     running=st.lists(row, max_size=12),
     cap=st.integers(1, 16),
-    output_tokens=st.floats(1, 4000),
+    output_tokens=st.floats(2, 4000),
     extra=row,
 )
 def test_forecasts_are_finite_ordered_and_grow_with_the_queue(
@@ -126,5 +132,12 @@ def test_forecasts_are_finite_ordered_and_grow_with_the_queue(
         assert expected.queue_s == 0
 
     constant = make_snapshot(waiting, running[:cap], limits=limits, model=CONSTANT)
-    longer = make_snapshot([*waiting, extra], running[:cap], limits=limits, model=CONSTANT)
-    assert forecast(longer, spec, output_tokens).queue_s >= forecast(constant, spec, output_tokens).queue_s
+    longer = forecast(
+        make_snapshot([*waiting, extra], running[:cap], limits=limits, model=CONSTANT), spec, output_tokens
+    )
+    assert longer.queue_s >= forecast(constant, spec, output_tokens).queue_s
+
+    added = Outlook(constant)
+    late = make_spec(prompt_tokens=int(extra["prompt_tokens"]), priority_class=PriorityClass(int(extra["tier"])))
+    added.add(late, extra["output_tokens"])
+    assert astuple(added.forecast(spec, output_tokens)) == pytest.approx(astuple(longer)), "a request added is one seen"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lmdeploy_slo.core.request import FinishReason
 from lmdeploy_slo.core.slo import Slo, Timing
 from lmdeploy_slo.engine.base import EngineEvent, TokenLogprob
-from lmdeploy_slo.gateway.encoding import encode_event, encode_events, encode_whole
+from lmdeploy_slo.gateway.encoding import MAX_KEPT_BYTES, MAX_KEPT_TOKENS, EventEncoder, add_completion, encode_whole
 from lmdeploy_slo.runtime.stream import Completion, Delta
 from lmdeploy_slo.scheduling.admission import Forecast
 from lmdeploy_slo.testing.builders import make_slo
@@ -54,35 +54,43 @@ token_ids = st.one_of(
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=140)
 
 
-@given(ids=st.lists(token_ids, max_size=4), text=texts)
-@example(ids=[5], text="x" * 127)
-@example(ids=[5], text="x" * 128)
-@example(ids=[5], text="")
-@example(ids=[2**21 - 1], text="\N{GRINNING FACE}" * 31)
-def test_the_short_way_writes_the_bytes_of_the_generated_class(ids: list[int], text: str) -> None:
-    expected = pb.GenerateStreamResponse(token_ids=ids, text=text).SerializeToString()
-    assert encode_event(EngineEvent("r", ids, text)) == expected
-    assert encode_event(EngineEvent("r", array("I", ids), text)) == expected
+@given(st.lists(st.tuples(st.lists(token_ids, max_size=3), texts), max_size=8))
+@example([([5], "a"), ([5], "a"), ([5], "b"), ([5], "b"), ([5], "a"), ([], "a"), ([5, 5], "a")])
+def test_messages_are_those_of_the_generated_class_whatever_came_before(events: list[tuple[list[int], str]]) -> None:
+    encoder = EventEncoder()
+    for ids, text in events:
+        expected = pb.GenerateStreamResponse(token_ids=ids, text=text).SerializeToString()
+        for _ in range(2):
+            assert encoder.encode(EngineEvent("r", ids, text)) == expected
+            assert encoder.encode(EngineEvent("r", array("I", ids), text)) == expected
+
+
+def test_what_is_kept_is_bounded() -> None:
+    encoder = EventEncoder()
+    for token_id in range(MAX_KEPT_TOKENS + 10):
+        encoder.encode(EngineEvent("r", (token_id,), "x"))
+        assert len(encoder._single) <= MAX_KEPT_TOKENS
+    encoder = EventEncoder()
+    encoder.encode(EngineEvent("r", (1,), "x" * MAX_KEPT_BYTES))
+    assert not encoder._single
+
+
+def encode_event(event: EngineEvent) -> bytes:
+    return EventEncoder().encode(event)
 
 
 @given(st.lists(st.tuples(token_ids, texts), max_size=5))
 def test_the_completion_goes_with_the_last_message_or_alone(tokens: list[tuple[int, str]]) -> None:
-    events = [EngineEvent("r", (token_id,), text) for token_id, text in tokens]
-    messages = encode_events(events, COMPLETION)
+    messages = [encode_event(EngineEvent("r", (token_id,), text)) for token_id, text in tokens]
+    add_completion(messages, COMPLETION)
 
-    assert len(messages) == max(1, len(events))
+    assert len(messages) == max(1, len(tokens))
     parsed = [pb.GenerateStreamResponse.FromString(message) for message in messages]
     assert [list(m.token_ids) for m in parsed] == [[token_id] for token_id, _ in tokens] or [[]]
     assert "".join(m.text for m in parsed) == "".join(text for _, text in tokens)
     assert [m.HasField("completion") for m in parsed] == [False] * (len(parsed) - 1) + [True]
     assert parsed[-1].completion == EXPECTED
     assert messages[-1] == parsed[-1].SerializeToString()
-
-
-def test_messages_before_the_end_have_no_completion() -> None:
-    assert encode_events([], None) == []
-    (message,) = encode_events([EngineEvent("r", (1,), "a")], None)
-    assert not pb.GenerateStreamResponse.FromString(message).HasField("completion")
 
 
 def test_log_probabilities_go_with_their_tokens() -> None:
@@ -110,7 +118,9 @@ def test_a_whole_answer() -> None:
 @pytest.mark.parametrize(("slo_met", "is_set"), [(None, False), (True, True), (False, True)])
 def test_what_is_unknown_stays_unset(slo_met: bool | None, is_set: bool) -> None:
     completion = make_completion(Slo(), slo_met=slo_met)
-    (message,) = encode_events([], completion)
+    messages: list[bytes] = []
+    add_completion(messages, completion)
+    (message,) = messages
     parsed = pb.GenerateStreamResponse.FromString(message).completion
     assert parsed.HasField("slo_met") is is_set
     assert not parsed.usage.HasField("cached_tokens")

@@ -15,7 +15,7 @@ from lmdeploy_slo.core.request import FinishReason
 from lmdeploy_slo.core.slo import NO_SLO, Timing
 from lmdeploy_slo.engine.base import EngineEvent, TokenLogprob
 from lmdeploy_slo.errors import Cancelled, RequestError
-from lmdeploy_slo.runtime.stream import COMPACT_AT, MAX_MERGED_TOKENS, Completion, Delta, RequestStream
+from lmdeploy_slo.runtime.stream import COMPACT_AT, MAX_MERGED_TOKENS, Completion, Delta, Encoder, RequestStream
 from lmdeploy_slo.scheduling.admission import Forecast
 from lmdeploy_slo.testing.virtual_time import run_virtual
 
@@ -33,8 +33,18 @@ END = Completion(
 )
 
 
-def make_stream(clock: VirtualClock, flush_interval_s: float) -> RequestStream:
-    return RequestStream("r", clock, flush_interval_s, lambda error: None)
+def make_stream(clock: VirtualClock, flush_interval_s: float, encode: Encoder | None = None) -> RequestStream:
+    return RequestStream("r", clock, flush_interval_s, lambda error: None, encode)
+
+
+def as_bytes(event: EngineEvent) -> bytes:
+    """An encoder whose output can be read back."""
+    return f"{list(event.token_ids)} {event.text}".encode()
+
+
+def as_tokens(message: bytes) -> tuple[list[int], str]:
+    ids, _, text = message.decode().partition("] ")
+    return [int(i) for i in ids.strip("[").split(",") if i], text
 
 
 def event(*token_ids: int, text: str | None = None, logprobs: Any = None) -> EngineEvent:
@@ -168,11 +178,46 @@ def test_an_error_comes_at_once_and_every_time(flush_interval_s: float) -> None:
             with pytest.raises(Cancelled):
                 await stream.__anext__()
         with pytest.raises(Cancelled):
-            await stream.ready()
-        with pytest.raises(Cancelled):
             await stream.result()
 
     run(scenario, flush_interval_s)
+
+
+@pytest.mark.parametrize("flush_interval_s", [0.0, 0.01])
+def test_an_error_ends_a_stream_with_an_encoder(flush_interval_s: float) -> None:
+    async def main(clock: VirtualClock) -> None:
+        stream = make_stream(clock, flush_interval_s, as_bytes)
+        stream.push(event(65))
+        stream.close(Cancelled("gone"))
+        for _ in range(2):
+            with pytest.raises(Cancelled):
+                await stream.ready()
+
+    run_virtual(main)
+
+
+@pytest.mark.parametrize(("flush_interval_s", "messages"), [(0.0, ["[97] a", "[98] b"]), (0.01, ["[97, 98] ab"])])
+def test_an_encoder_makes_a_message_of_each_delta(flush_interval_s: float, messages: list[str]) -> None:
+    async def main(clock: VirtualClock) -> None:
+        stream = make_stream(clock, flush_interval_s, as_bytes)
+        stream.push(event(97))
+        stream.push(event(98))
+        assert await stream.ready() == ([m.encode() for m in messages], None)
+        stream.push(event(99))
+        stream.push(event(text="tail"))
+        stream.close(END)
+        assert await stream.ready() == ([b"[99] c", b"[] tail"], END)
+
+    run_virtual(main)
+
+
+def test_an_end_alone_is_no_message() -> None:
+    async def main(clock: VirtualClock) -> None:
+        stream = make_stream(clock, 0.0, as_bytes)
+        stream.close(END)
+        assert await stream.ready() == ([], END)
+
+    run_virtual(main)
 
 
 def test_a_waiting_reader_is_told_of_an_error() -> None:
@@ -277,22 +322,22 @@ def test_cancel_tells_the_owner_until_the_end() -> None:
     run_virtual(main)
 
 
-# A step of a random history: tokens come, time passes, the reader reads one delta or all that is ready.
+# A step of a random history: tokens come, time passes, the reader reads.
 _push = st.tuples(st.just("push"), st.lists(st.integers(97, 122), max_size=3))
 _wait = st.tuples(st.just("wait"), st.floats(0.0, 0.05))
 _read = st.tuples(st.just("read"), st.none())
-_take = st.tuples(st.just("take"), st.none())
 
 
 @given(
-    history=st.lists(st.one_of(_push, _wait, _read, _take), max_size=40),
+    history=st.lists(st.one_of(_push, _wait, _read), max_size=40),
     flush_interval_s=st.sampled_from([0.0, 0.001, 0.01, 1.0]),
+    encoded=st.booleans(),
 )
 def test_whatever_is_merged_content_and_order_are_the_engines(
-    history: list[tuple[str, Any]], flush_interval_s: float
+    history: list[tuple[str, Any]], flush_interval_s: float, encoded: bool
 ) -> None:
     async def main(clock: VirtualClock) -> None:
-        stream = make_stream(clock, flush_interval_s)
+        stream = make_stream(clock, flush_interval_s, as_bytes if encoded else None)
         sent: list[int] = []
         got: list[tuple[list[int], str]] = []
 
@@ -309,14 +354,19 @@ def test_whatever_is_merged_content_and_order_are_the_engines(
                 stream.push(event(*argument))
             elif action == "wait":
                 await asyncio.sleep(argument)
-            elif action == "read":
+            elif encoded:
+                ready = await wait_at_most(stream.ready())
+                got.extend([] if ready is None else map(as_tokens, ready[0]))
+            else:
                 delta = await wait_at_most(stream.__anext__())
                 got.extend([] if delta is None else [(list(delta.token_ids), delta.text)])
-            else:
-                ready = await wait_at_most(stream.ready())
-                got.extend([] if ready is None else [(list(e.token_ids), e.text) for e in ready[0]])
         stream.close(END)
-        rest = [(list(d.token_ids), d.text) async for d in stream]
+        if encoded:
+            messages, completion = await stream.ready()
+            assert completion is END
+            rest = [as_tokens(message) for message in messages]
+        else:
+            rest = [(list(d.token_ids), d.text) async for d in stream]
 
         everything = got + rest
         assert [token for tokens, _ in everything for token in tokens] == sent
@@ -325,6 +375,6 @@ def test_whatever_is_merged_content_and_order_are_the_engines(
         if flush_interval_s == 0:
             assert all(len(tokens) <= 1 for tokens, _ in everything)
         else:
-            assert len(rest) == 1
+            assert len(rest) <= 1
 
     run_virtual(main)

@@ -16,37 +16,45 @@ _REASONS = {
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
 }
 
+MAX_KEPT_TOKENS, MAX_KEPT_BYTES = 32_768, 64
+"""Of single tokens so many messages are kept, none of them longer."""
+
 _Response = pb.GenerateStreamResponse
 
 
-def encode_events(events: Sequence[EngineEvent], completion: Completion | None) -> list[bytes]:
-    """A `GenerateStreamResponse` on the wire for each event, the last with the completion, which may stand alone."""
-    messages = [encode_event(event) for event in events]
-    if completion is not None:
-        # Fields of a serialised message may follow each other in any number of pieces.
-        tail = _Response(completion=to_completion(completion)).SerializeToString()
-        messages[-1:] = [messages[-1] + tail] if messages else [tail]
-    return messages
+def add_completion(messages: list[bytes], completion: Completion) -> None:
+    """The completion goes with the last message of a stream, or alone.
 
-
-def encode_event(event: EngineEvent) -> bytes:
-    """The tokens and text of one event.
-
-    Called for every message, most often for a single token with a little text: that case is written out by hand, in a
-    third of the time the generated class takes, byte for byte the same.
+    Fields of a serialised message may follow each other in any number of pieces, so no message is made again.
     """
-    token_ids = event.token_ids
-    if event.logprobs is None and len(token_ids) == 1:
-        token_id, text = token_ids[0], event.text.encode()
-        if 0 < len(text) < 0x80:
-            if token_id < 0x80:
-                return b"\x0a\x01%c\x12%c%b" % (token_id, len(text), text)
-            if token_id < 0x4000:
-                return b"\x0a\x02%c%c\x12%c%b" % (token_id & 0x7F | 0x80, token_id >> 7, len(text), text)
-            if token_id < 0x200000:
-                low, middle = token_id & 0x7F | 0x80, token_id >> 7 & 0x7F | 0x80
-                return b"\x0a\x03%c%c%c\x12%c%b" % (low, middle, token_id >> 14, len(text), text)
-    return _Response(token_ids=token_ids, text=event.text, logprobs=_logprobs(event.logprobs)).SerializeToString()
+    tail = _Response(completion=to_completion(completion)).SerializeToString()
+    messages[-1:] = [messages[-1] + tail] if messages else [tail]
+
+
+class EventEncoder:
+    """Makes `GenerateStreamResponse`s on the wire of the tokens and text of events.
+
+    A token tends to come with the same text again: what was made of the last ones is kept, for all streams together.
+    """
+
+    def __init__(self) -> None:
+        self._single: dict[int, tuple[str, bytes]] = {}  # token id -> its last text, and both on the wire
+
+    def encode(self, event: EngineEvent) -> bytes:
+        """Called for every token."""
+        token_ids, text = event.token_ids, event.text
+        if event.logprobs is not None or len(token_ids) != 1:
+            return _Response(token_ids=token_ids, text=text, logprobs=_logprobs(event.logprobs)).SerializeToString()
+        token_id = token_ids[0]
+        known = self._single.get(token_id)
+        if known is not None and known[0] == text:
+            return known[1]
+        message = _Response(token_ids=token_ids, text=text).SerializeToString()
+        if len(message) <= MAX_KEPT_BYTES:
+            if len(self._single) >= MAX_KEPT_TOKENS:
+                self._single.clear()
+            self._single[token_id] = (text, message)
+        return message
 
 
 def encode_whole(delta: Delta) -> bytes:

@@ -30,7 +30,7 @@ from lmdeploy_slo.gateway.options import GatewayOptions
 from lmdeploy_slo.gateway.status import internal_error, to_status
 from lmdeploy_slo.gateway.validation import accept
 from lmdeploy_slo.runtime.runtime import Runtime
-from lmdeploy_slo.runtime.stream import Completion, RequestStream
+from lmdeploy_slo.runtime.stream import Completion, Encoder, RequestStream
 from lmdeploy_slo.scheduling.admission import unmet_objectives
 from lmdeploy_slo.v1 import inference_pb2 as pb
 
@@ -50,6 +50,7 @@ class InferenceService:
         self._runtime = runtime
         self._options = options
         self._clock = runtime.clock
+        self._encode = encoding.EventEncoder().encode
         self._ready_at_s = runtime.clock.now_s()
 
     def handlers(self) -> grpc.GenericRpcHandler:
@@ -83,10 +84,12 @@ class InferenceService:
         completion: Completion | None = None
         write = context.write
         try:
-            stream = await self._submit(data, context)
+            stream = await self._submit(data, context, self._encode)
             while completion is None:
-                events, completion = await stream.ready()
-                for message in encoding.encode_events(events, completion):
+                messages, completion = await stream.ready()
+                if completion is not None:
+                    encoding.add_completion(messages, completion)
+                for message in messages:
                     await write(message)
                     if stream.failed:
                         break
@@ -98,7 +101,7 @@ class InferenceService:
             if stream is not None:
                 stream.cancel(_why_gone(context))
 
-    async def _submit(self, data: bytes, context: _Context) -> RequestStream:
+    async def _submit(self, data: bytes, context: _Context, encode: Encoder | None = None) -> RequestStream:
         arrival_at_s = self._clock.now_s()
         remaining_s = _remaining_s(context)
         aliases = read_aliases(context.invocation_metadata())
@@ -109,7 +112,7 @@ class InferenceService:
             _parse(pb.GenerateRequest, data), aliases, self._runtime.engine, self._options, arrival_at_s=arrival_at_s
         )
         deadline_at_s = None if remaining_s is None else arrival_at_s + remaining_s
-        return self._runtime.submit(accepted.spec, accepted.engine_request, deadline_at_s=deadline_at_s)
+        return self._runtime.submit(accepted.spec, accepted.engine_request, deadline_at_s=deadline_at_s, encode=encode)
 
     async def predict(self, data: bytes, context: _Context) -> bytes:
         request = _parse(pb.PredictRequest, data)

@@ -82,7 +82,7 @@ async def accept(
     if request.model and request.model != engine.info.model:
         raise ModelNotFound(f"model {request.model!r} is not served here; the model is {engine.info.model!r}")
     check = _Check(prefix)
-    check.unknown_fields(request, "")
+    check.unknown_fields(request)
     prompt = await _prompt_token_ids(request, engine, check)
     spec, engine_request = _read(request, aliases, prompt, engine, options, check, arrival_at_s)
     if prompt:
@@ -114,7 +114,8 @@ class _Check:
             self.add(field, description)
 
     def length(self, value: str, field: str, most: int) -> None:
-        self.that(len(value) <= most, field, f"at most {most} characters, got {len(value)}")
+        if len(value) > most:
+            self.add(field, f"at most {most} characters, got {len(value)}")
 
     def duration_s(self, value_ms: float, field: str, *, header: bool = False) -> float | None:
         """Seconds; None, with a violation, where the value is out of range."""
@@ -132,8 +133,15 @@ class _Check:
         if len(wrong) > MAX_TOLD_IDS:
             self.add(field, f"{len(wrong)} token ids are outside the vocabulary of {vocab_size} tokens")
 
-    def unknown_fields(self, message: Message, path: str) -> None:
+    def unknown_fields(self, request: Message) -> None:
         """A field that this server's protocol does not have would otherwise be ignored in silence."""
+        known = type(request)()
+        known.CopyFrom(request)
+        known.DiscardUnknownFields()
+        if known.ByteSize() != request.ByteSize():
+            self._tell_unknown_fields(request, "")
+
+    def _tell_unknown_fields(self, message: Message, path: str) -> None:
         unknown = UnknownFieldSet(message)
         for i in range(len(unknown)):
             text = f"field number {unknown[i].field_number} is not known to this server"
@@ -142,10 +150,10 @@ class _Check:
             if field.message_type is None:
                 continue
             if isinstance(value, Message):
-                self.unknown_fields(value, f"{path}{field.name}.")
+                self._tell_unknown_fields(value, f"{path}{field.name}.")
             else:
                 for i, inner in enumerate(value):
-                    self.unknown_fields(inner, f"{path}{field.name}[{i}].")
+                    self._tell_unknown_fields(inner, f"{path}{field.name}[{i}].")
 
 
 async def _prompt_token_ids(request: pb.GenerateRequest, engine: Engine, check: _Check) -> tuple[int, ...]:
@@ -212,7 +220,9 @@ def _read(
     check.length(request.fairness_id, "fairness_id", MAX_ID_CHARS)
     hint = request.expected_output_tokens if request.HasField("expected_output_tokens") else None
     check.that(hint is None or hint >= 1, "expected_output_tokens", "must be 1 or more")
-    check.that(request.priority_class in _PRIORITIES, "priority_class", f"{request.priority_class} is not a class")
+    priority_class = _PRIORITIES.get(request.priority_class)
+    if priority_class is None:
+        check.add("priority_class", f"{request.priority_class} is not a class")
     queue_timeout_s = options.default_queue_timeout_s
     if request.HasField("queue_timeout_ms"):
         queue_timeout_s = check.duration_s(request.queue_timeout_ms, "queue_timeout_ms")
@@ -226,7 +236,7 @@ def _read(
         task_type=request.task_type,
         model=engine.info.model,
         fairness_id=fairness_id,
-        priority_class=_PRIORITIES.get(request.priority_class, PriorityClass.DEFAULT),
+        priority_class=PriorityClass.DEFAULT if priority_class is None else priority_class,
         sheddable=request.sheddable,
         queue_timeout_s=queue_timeout_s,
     )
@@ -274,7 +284,7 @@ def _slo(request: pb.GenerateRequest, aliases: Aliases, options: GatewayOptions,
 
 def _sampling(message: pb.SamplingParams, check: _Check) -> Sampling:
     values = {}
-    for name, holds, limit in _SAMPLING_RANGES:
+    for name, holds, limit in _SAMPLING_RANGES if message.ListFields() else ():
         if message.HasField(name):
             values[name] = getattr(message, name)
             check.that(holds(values[name]), f"sampling.{name}", limit)
@@ -305,17 +315,16 @@ def _stopping(
         if session_tokens is not None:
             max_new_tokens = max(1, min(max_new_tokens, session_tokens - prompt_tokens))
     min_new_tokens = message.min_new_tokens if message.HasField("min_new_tokens") else 0
-    check.that(
-        min_new_tokens <= max_new_tokens,
-        "stopping.min_new_tokens",
-        f"{min_new_tokens} is above max_new_tokens, which is {max_new_tokens}",
-    )
-    check.that(len(message.stop) <= MAX_STOPS, "stopping.stop", f"at most {MAX_STOPS}, got {len(message.stop)}")
+    if min_new_tokens > max_new_tokens:
+        text = f"{min_new_tokens} is above max_new_tokens, which is {max_new_tokens}"
+        check.add("stopping.min_new_tokens", text)
+    if len(message.stop) > MAX_STOPS:
+        check.add("stopping.stop", f"at most {MAX_STOPS}, got {len(message.stop)}")
     for i, stop in enumerate(message.stop):
         check.that(1 <= len(stop) <= MAX_STOP_CHARS, f"stopping.stop[{i}]", f"must be 1 to {MAX_STOP_CHARS} characters")
     stop_ids = tuple(message.stop_token_ids)
-    text = f"at most {MAX_STOP_IDS}, got {len(stop_ids)}"
-    check.that(len(stop_ids) <= MAX_STOP_IDS, "stopping.stop_token_ids", text)
+    if len(stop_ids) > MAX_STOP_IDS:
+        check.add("stopping.stop_token_ids", f"at most {MAX_STOP_IDS}, got {len(stop_ids)}")
     check.token_ids(stop_ids, "stopping.stop_token_ids", engine.info.vocab_size)
     return Stopping(
         max_new_tokens=max_new_tokens,

@@ -37,12 +37,15 @@ from lmdeploy_slo.runtime.plan_loop import PlanLoop
 from lmdeploy_slo.runtime.planner import Planner
 from lmdeploy_slo.runtime.start_order import StartOrder
 from lmdeploy_slo.runtime.statistics import DispatchRate, EndCounts, RuntimeLoad
-from lmdeploy_slo.runtime.stream import Completion, RequestStream
-from lmdeploy_slo.scheduling.admission import Forecast, forecast, unmet_objectives
+from lmdeploy_slo.runtime.stream import Completion, Encoder, RequestStream
+from lmdeploy_slo.scheduling.admission import Forecast, Outlook, unmet_objectives
 from lmdeploy_slo.scheduling.policy import Policy
 from lmdeploy_slo.scheduling.scheduler import Dispatch, Scheduler
 
 logger = logging.getLogger(__name__)
+
+OUTLOOK_S = 0.005
+"""For so long the forecasts of new requests are made from one snapshot and the requests that came since."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,7 @@ class RuntimeOptions:
     of the engine instance, None for "<engine>-0"."""
 
     flush_interval_s: float = 0.007
-    plan_gap_s: float = 0.002
+    plan_gap_s: float = 0.005
     shed: bool = False
     instance: str | None = None
 
@@ -126,6 +129,8 @@ class Runtime:
         self._empty = asyncio.Event()
         self._empty.set()
         self._dispatch_rate = DispatchRate()
+        self._outlook: Outlook | None = None
+        self._outlook_until_s = 0.0
 
     # -- life -----------------------------------------------------------------
 
@@ -161,8 +166,15 @@ class Runtime:
 
     # -- requests -------------------------------------------------------------
 
-    def submit(self, spec: RequestSpec, request: EngineRequest, *, deadline_at_s: float | None = None) -> RequestStream:
-        """Queues a request; `deadline_at_s` is the instant of its hard cancel.
+    def submit(
+        self,
+        spec: RequestSpec,
+        request: EngineRequest,
+        *,
+        deadline_at_s: float | None = None,
+        encode: Encoder | None = None,
+    ) -> RequestStream:
+        """Queues a request; `deadline_at_s` is the instant of its hard cancel, `encode` as in `RequestStream`.
 
         Raises RequestIdInUse, Draining, EngineUnavailable (not started), QueueFull, Unattainable, DeadlineExceeded;
         then nothing of it is kept, and it counts as rejected (or timed out).
@@ -171,7 +183,7 @@ class Runtime:
         try:
             if deadline_at_s is not None and deadline_at_s <= now_s:
                 raise DeadlineExceeded("the deadline passed before the request was read")
-            live = self._accept(spec, request, now_s)
+            live = self._accept(spec, request, encode)
         except RequestError as refusal:
             status = EndStatus.TIMED_OUT if isinstance(refusal, DeadlineExceeded) else EndStatus.REJECTED
             self._counts.count(status, False if spec.slo.has_objective else None)
@@ -195,9 +207,8 @@ class Runtime:
 
     def predict(self, spec: RequestSpec) -> Forecast:
         """What would happen to this request if it were submitted now (see `scheduling.admission`)."""
-        self._report_progress()
-        now_s = self.clock.now_s()
-        return forecast(self.scheduler.snapshot(now_s), spec, self.scheduler.forecast(spec).tokens)
+        self._outlook = None
+        return self._expect(spec)[0]
 
     def load(self) -> RuntimeLoad:
         queue = self.scheduler.statistics()
@@ -213,7 +224,7 @@ class Runtime:
             draining=self._draining,
         )
 
-    def _accept(self, spec: RequestSpec, request: EngineRequest, now_s: float) -> _Live:
+    def _accept(self, spec: RequestSpec, request: EngineRequest, encode: Encoder | None) -> _Live:
         request_id = spec.request_id
         if self._draining:
             raise Draining("the server is shutting down")
@@ -221,7 +232,7 @@ class Runtime:
             raise EngineUnavailable("the engine is not ready yet")
         if request_id in self._live or request_id in self._leaving:
             raise RequestIdInUse(f"request_id {request_id!r} belongs to a request that has not ended")
-        expected = self.predict(spec)
+        expected, outlook = self._expect(spec)
         if self.options.shed and spec.sheddable:
             unmet = unmet_objectives(spec.slo, expected)
             if unmet:
@@ -230,11 +241,23 @@ class Runtime:
             handle = self.scheduler.add(spec)
         except QueueFull as full:
             raise QueueFull(str(full), retry_after_s=self._retry_after_s()) from None
-        stream = RequestStream(request_id, self.clock, self.options.flush_interval_s, lambda e: self._leave(live, e))
+        outlook.add(spec, expected.output_tokens)
+        interval_s = self.options.flush_interval_s
+        stream = RequestStream(request_id, self.clock, interval_s, lambda error: self._leave(live, error), encode)
         live = _Live(spec, request, handle, stream, Timing(spec.arrival_at_s), expected)
         self._live[request_id] = self._by_handle[handle] = live
         self._empty.clear()
         return live
+
+    def _expect(self, spec: RequestSpec) -> tuple[Forecast, Outlook]:
+        """A forecast for a new request, and what it was made from: for some milliseconds later arrivals are added to
+        that rather than a snapshot taken for each."""
+        now_s = self.clock.now_s()
+        if self._outlook is None or now_s >= self._outlook_until_s:
+            self._report_progress()
+            self._outlook = Outlook(self.scheduler.snapshot(now_s))
+            self._outlook_until_s = now_s + OUTLOOK_S
+        return self._outlook.forecast(spec, self.scheduler.forecast(spec).tokens), self._outlook
 
     def _retry_after_s(self) -> float:
         return self._dispatch_rate.retry_after_s(self.scheduler.statistics().waiting)

@@ -16,6 +16,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lmdeploy_slo.clock import Clock
 from lmdeploy_slo.core.request import FinishReason
@@ -29,6 +30,9 @@ COMPACT_AT = 64
 
 MAX_MERGED_TOKENS = 4096
 """No merged delta grows beyond this by more than one event: clients bound the size of a message, too."""
+
+Encoder = Callable[[EngineEvent], bytes]
+"""What a reader makes of the tokens and text of an event."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,9 @@ class RequestStream:
     The last delta has `completion`. A request that ended otherwise raises the `RequestError` that ended it; tokens
     not read by then are dropped; `failed` says so to a reader that still holds some. A reader that stops early calls
     `cancel`, or the request runs on for nobody.
+
+    With an encoder it is read by `ready` instead: tokens that are not merged are encoded when they come, all of a step
+    in a row, and what waits for the reader is small.
     """
 
     __slots__ = (
@@ -77,6 +84,7 @@ class RequestStream:
         "_clock",
         "_completion",
         "_delivered",
+        "_encode",
         "_error",
         "_interval_s",
         "_lagging_text",
@@ -91,7 +99,12 @@ class RequestStream:
     )
 
     def __init__(
-        self, request_id: str, clock: Clock, flush_interval_s: float, cancel: Callable[[RequestError], None]
+        self,
+        request_id: str,
+        clock: Clock,
+        flush_interval_s: float,
+        cancel: Callable[[RequestError], None],
+        encode: Encoder | None = None,
     ) -> None:
         self.request_id = request_id
         self.failed = False
@@ -99,7 +112,8 @@ class RequestStream:
         self._interval_s = flush_interval_s
         self._merge = flush_interval_s > 0
         self._cancel = cancel
-        self._pending: deque[EngineEvent] = deque()
+        self._encode = encode
+        self._pending: deque[Any] = deque()  # events; where none are merged and there is an encoder, what it made
         self._loose = 0  # of them, at the end: as they came, not merged yet
         self._lagging_text = ""  # text that came without a token; goes with the next
         self._next_at_s = -math.inf  # the next delta leaves no earlier, unless it is the last
@@ -115,26 +129,41 @@ class RequestStream:
         return self
 
     async def __anext__(self) -> Delta:
+        assert self._encode is None, "a stream with an encoder is read by `ready`"
         await self._due()
         if self._delivered:
             raise StopAsyncIteration
-        events, completion = self._take(1)
-        if not events:
-            return Delta((), "", None, completion)
-        event = events[0]
-        return Delta(event.token_ids, event.text, event.logprobs, completion)
+        event = self._take_merged() if self._merge else self._pending.popleft() if self._pending else None
+        completion = self._completion if not self._pending else None
+        self._delivered = completion is not None
+        if event is None:
+            return Delta((), self._take_lagging_text(), None, completion)
+        text = event.text + self._take_lagging_text() if self._delivered else event.text
+        return Delta(event.token_ids, text, event.logprobs, completion)
 
-    async def ready(self) -> tuple[Sequence[EngineEvent], Completion | None]:
-        """As iteration, for a reader that makes messages of many tokens in less time than of one after the other.
+    async def ready(self) -> tuple[list[bytes], Completion | None]:
+        """As `anext`, encoded: all that is due, in order, and the completion where the request has ended.
 
-        Every event that is due, each worth a message, and the completion where the request has ended, to go with the
-        last event or alone. Not to be called again after the completion.
+        The list may be empty with a completion, never without. Not to be called again after the completion.
         """
+        assert self._encode is not None, "a stream without an encoder is iterated over"
         await self._due()
-        return self._take(len(self._pending))
+        if self._merge:
+            event = self._take_merged()
+            messages = [] if event is None else [self._encode(event)]
+        else:
+            messages = list(self._pending)
+            self._pending.clear()
+        if self._completion is None or self._pending:
+            return messages, None
+        self._delivered = True
+        if self._lagging_text:
+            messages.append(self._encode(EngineEvent(self.request_id, text=self._take_lagging_text())))
+        return messages, self._completion
 
     async def result(self) -> Delta:
         """Waits for the end and returns everything not yet read as one delta; raises as iteration does."""
+        assert self._encode is None, "a stream with an encoder is read by `ready`"
         self._merge, self._next_at_s = True, math.inf
         while self._completion is None and self._error is None:
             await self._wait()
@@ -156,12 +185,10 @@ class RequestStream:
         count = len(event.token_ids)
         if self._lagging_text or count != 1:
             self._push_irregular(event, count)
+        elif self._merge:
+            self._keep_to_merge(event)
         else:
-            self._pending.append(event)
-        if self._merge:
-            self._loose += 1
-            if self._loose > COMPACT_AT:
-                self._compact()
+            self._pending.append(event if self._encode is None else self._encode(event))
         if self._waiter is not None and self._pending:
             self._wake_when_due()
 
@@ -182,14 +209,22 @@ class RequestStream:
         if count == 0:
             self._lagging_text = text
         elif self._merge:
-            self._pending.append(EngineEvent(event.request_id, event.token_ids, text, logprobs=event.logprobs))
+            self._keep_to_merge(EngineEvent(event.request_id, event.token_ids, text, logprobs=event.logprobs))
         else:  # one token a delta, also where the engine reports several; their text goes with the last
             for i, token_id in enumerate(event.token_ids):
                 logprobs = None if event.logprobs is None else event.logprobs[i : i + 1]
-                last = i == count - 1
-                self._pending.append(
-                    EngineEvent(event.request_id, (token_id,), text if last else "", logprobs=logprobs)
-                )
+                single = EngineEvent(event.request_id, (token_id,), text if i == count - 1 else "", logprobs=logprobs)
+                self._pending.append(single if self._encode is None else self._encode(single))
+
+    def _keep_to_merge(self, event: EngineEvent) -> None:
+        self._pending.append(event)
+        self._loose += 1
+        if self._loose > COMPACT_AT:
+            self._compact()
+
+    def _take_lagging_text(self) -> str:
+        text, self._lagging_text = self._lagging_text, ""
+        return text
 
     async def _due(self) -> None:
         """Waits until something may be taken; raises the error the request ended with."""
@@ -200,35 +235,19 @@ class RequestStream:
         if self._error is not None:
             raise self._error
 
-    def _take(self, most: int) -> tuple[Sequence[EngineEvent], Completion | None]:
-        """Up to `most` events in order, or many as one where deltas may be merged; the completion with the last."""
-        pending = self._pending
-        events: Sequence[EngineEvent]
-        if self._merge:
-            events = self._take_merged()
-        elif most >= len(pending):
-            events = list(pending)
-            pending.clear()
-        else:
-            events = [pending.popleft() for _ in range(most)]
-        if self._completion is None or pending:
-            return events, None
-        self._delivered = True
-        if self._lagging_text:  # came after the last token: goes with it, or, without one, alone
-            last = events[-1] if events else EngineEvent(self.request_id)
-            last = EngineEvent(self.request_id, last.token_ids, last.text + self._lagging_text, logprobs=last.logprobs)
-            events = (*events[:-1], last)
-        return events, self._completion
-
-    def _take_merged(self) -> Sequence[EngineEvent]:
-        pending, taken, tokens = self._pending, [], 0
+    def _take_merged(self) -> EngineEvent | None:
+        """Many events, in order, as one; None where there are none."""
+        pending, tokens = self._pending, 0
+        taken: list[EngineEvent] = []
         while pending and tokens < MAX_MERGED_TOKENS:
             event = pending.popleft()
             tokens += len(event.token_ids)
             taken.append(event)
         self._loose = min(self._loose, len(pending))
         self._next_at_s = -math.inf if pending else self._clock.now_s() + self._interval_s
-        return taken if len(taken) < 2 else (_merged(taken),)
+        if not taken:
+            return None
+        return taken[0] if len(taken) == 1 else _merged(taken)
 
     def _compact(self) -> None:
         """Merges the events that came last, into the block before them where that is not full."""

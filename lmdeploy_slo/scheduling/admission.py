@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lmdeploy_slo.core.request import RequestSpec
+from lmdeploy_slo.core.request import PriorityClass, RequestSpec
 from lmdeploy_slo.core.slo import Slo
 from lmdeploy_slo.core.snapshot import Rows, Snapshot
 from lmdeploy_slo.scheduling.rules import prefill_s
@@ -44,33 +44,77 @@ class Forecast:
     e2e_s: float
 
 
-def forecast(snapshot: Snapshot, spec: RequestSpec, output_tokens: float) -> Forecast:
-    """The model above for a request that arrives at `snapshot.now_s` and is not in the snapshot."""
-    model, cap = snapshot.model, snapshot.limits.max_batch_size
-    running, waiting = snapshot.running, snapshot.waiting
-    ahead = waiting[waiting["tier"] >= int(spec.priority_class)]
+class Outlook:
+    """A snapshot in a few sums: with it a forecast is a handful of operations, however long the queue is."""
 
-    everyone = len(running) + len(waiting) + 1
-    batch = min(cap, everyone)
-    context = _context_tokens(running) + _context_tokens(waiting) + spec.prompt_tokens + output_tokens / 2
-    decode_s = model.step_s(0, 0, batch, context * batch / everyone)
-    step_s = decode_s
-    if len(waiting):
-        step_s += float(prefill_s(waiting, model).mean()) * batch / max(1.0, float(waiting["output_tokens"].mean()))
-
-    queue_s = _start_steps(running, ahead, cap) * step_s
-    unstarted = running[running["generated_tokens"] == 0]
-    own_prefill_s = model.prefill_stall_s(spec.prompt_tokens)
-    ttft_s = queue_s + float(prefill_s(unstarted, model).sum()) + own_prefill_s + decode_s
-    e2e_s = ttft_s + (output_tokens - 1) * step_s
-    return Forecast(
-        output_tokens=output_tokens,
-        queue_position=len(ahead),
-        queue_s=queue_s,
-        ttft_s=ttft_s,
-        tpot_s=step_s if output_tokens > 1 else None,
-        e2e_s=e2e_s,
+    __slots__ = (
+        "_ahead_output_tokens",
+        "_ahead_requests",
+        "_cap",
+        "_context_tokens",
+        "_model",
+        "_prefill_first_s",
+        "_remaining_steps",
+        "_waiting_prefill_s",
     )
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        model, running, waiting = snapshot.model, snapshot.running, snapshot.waiting
+        self._model = model
+        self._cap = snapshot.limits.max_batch_size
+        self._remaining_steps = np.sort(
+            np.maximum(running["output_tokens"] - running["generated_tokens"], 1.0)
+        ).tolist()
+        self._prefill_first_s = float(prefill_s(running[running["generated_tokens"] == 0], model).sum())
+        self._context_tokens = _context_tokens(running) + _context_tokens(waiting)
+        self._waiting_prefill_s = float(prefill_s(waiting, model).sum())
+        tiers = waiting["tier"]
+        self._ahead_requests = np.bincount(tiers, minlength=len(PriorityClass)).tolist()
+        self._ahead_output_tokens = np.bincount(
+            tiers, weights=waiting["output_tokens"], minlength=len(PriorityClass)
+        ).tolist()
+
+    def add(self, spec: RequestSpec, output_tokens: float) -> None:
+        """One more request waits."""
+        self._ahead_requests[spec.priority_class] += 1
+        self._ahead_output_tokens[spec.priority_class] += output_tokens
+        self._context_tokens += spec.prompt_tokens + output_tokens / 2
+        self._waiting_prefill_s += self._model.prefill_stall_s(spec.prompt_tokens)
+
+    def forecast(self, spec: RequestSpec, output_tokens: float) -> Forecast:
+        """The model above for a request that arrives now and was not added."""
+        model, cap, running = self._model, self._cap, len(self._remaining_steps)
+        waiting = sum(self._ahead_requests)
+        ahead = sum(self._ahead_requests[spec.priority_class :])
+
+        everyone = running + waiting + 1
+        batch = min(cap, everyone)
+        context_tokens = self._context_tokens + spec.prompt_tokens + output_tokens / 2
+        decode_s = model.step_s(0, 0, batch, context_tokens * batch / everyone)
+        step_s = decode_s
+        if waiting:
+            mean_output_tokens = sum(self._ahead_output_tokens) / waiting
+            step_s += self._waiting_prefill_s / waiting * batch / max(1.0, mean_output_tokens)
+
+        queue_s = self._start_steps(ahead, sum(self._ahead_output_tokens[spec.priority_class :])) * step_s
+        ttft_s = queue_s + self._prefill_first_s + model.prefill_stall_s(spec.prompt_tokens) + decode_s
+        return Forecast(
+            output_tokens=output_tokens,
+            queue_position=ahead,
+            queue_s=queue_s,
+            ttft_s=ttft_s,
+            tpot_s=step_s if output_tokens > 1 else None,
+            e2e_s=ttft_s + (output_tokens - 1) * step_s,
+        )
+
+    def _start_steps(self, ahead: int, ahead_output_tokens: float) -> float:
+        """Decode steps until a request behind `ahead` gets a slot."""
+        remaining = self._remaining_steps
+        before_it = ahead - (self._cap - len(remaining))  # departures needed beyond the first
+        if before_it < 0:
+            return 0.0
+        start: float = (sum(remaining) + ahead_output_tokens) / self._cap
+        return min(start, remaining[before_it]) if before_it < len(remaining) else start
 
 
 def unmet_objectives(slo: Slo, expected: Forecast) -> list[str]:
@@ -90,15 +134,3 @@ def unmet_objectives(slo: Slo, expected: Forecast) -> list[str]:
 def _context_tokens(rows: Rows) -> float:
     """Tokens in the KV cache of each request halfway through its output, summed."""
     return float((rows["prompt_tokens"] + rows["output_tokens"] / 2).sum())
-
-
-def _start_steps(running: Rows, ahead: Rows, cap: int) -> float:
-    """Decode steps until a request behind `ahead` gets a slot."""
-    before_it = len(ahead) - (cap - len(running))  # departures needed beyond the first
-    if before_it < 0:
-        return 0.0
-    remaining = np.maximum(running["output_tokens"] - running["generated_tokens"], 1.0)
-    start = float(remaining.sum() + ahead["output_tokens"].sum()) / cap
-    if before_it < len(running):
-        start = min(start, float(np.partition(remaining, before_it)[before_it]))
-    return start
