@@ -14,7 +14,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lmdeploy_slo.clock import Clock
 from lmdeploy_slo.core.request import EndStatus, FinishReason, RequestSpec
@@ -138,6 +138,9 @@ class Runtime:
         """Ready for requests when it returns: policy compiled, engine up. Raises what either raises."""
         await self._planner.warm_up()
         await self.engine.start(self._on_events)
+        limits = self.scheduler.limits
+        if limits.kv_tokens is None:  # some engines know the size of their cache only once they are up
+            self.scheduler.limits = replace(limits, kv_tokens=self.engine.info.limits.kv_tokens)
         self._plans.start()
         self._started = True
 
