@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 FLUSH_S = 1.0
 """After a drain so much longer for clients that have not read their last messages."""
 
+KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS = 60_000, 20_000
+MIN_CLIENT_PING_MS = 10_000
+
 
 class Gateway:
     """Serves a started runtime; it does not own it. All methods on the runtime's loop."""
@@ -47,6 +50,11 @@ class Gateway:
                 ("grpc.max_receive_message_length", size),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a lottery
+                # A client that vanished without a word is found out, and those that ask whether we live are answered.
+                ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+                ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_ping_interval_without_data_ms", MIN_CLIENT_PING_MS),
             ]
         )
         server.add_generic_rpc_handlers((InferenceService(self._runtime, self._options).handlers(),))
