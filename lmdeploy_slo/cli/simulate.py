@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lmdeploy_slo import __version__
 from lmdeploy_slo.cli import simulation_options as options
+from lmdeploy_slo.clock import MonotonicClock
 from lmdeploy_slo.offline.experiment import Load, Outcome, run_once
 from lmdeploy_slo.offline.report import runs_table
 from lmdeploy_slo.offline.results import check_writable, write_requests, write_results
@@ -91,19 +91,20 @@ def simulate(
     request_files = [requests_out and request_file(requests_out, *run, several=len(runs) > 1) for run in runs]
     check_writable([json_out, *request_files])
     if report is not None:
-        from lmdeploy_slo.offline import html_report
+        from lmdeploy_slo.offline.html_report import check_folder
 
-        html_report.check_folder(report)
+        check_folder(report)
     rows = options.read_rows(traces, task, traces_folder)
     check_slo_tasks(slos, rows)
 
     outcomes: list[Outcome] = []
     remarks: list[str] = []
+    clock = MonotonicClock()
     total = len(rows) if limit is None else min(limit, len(rows))
     with _progress() as progress:
         for (name, factor), file in zip(runs, request_files, strict=True):
             label = f"{name} x{factor:g}"
-            began_at_s = time.monotonic()
+            began_at_s = clock.now_s()
             outcome = run_once(
                 rows,
                 Load(slos, factor, limit, length_noise, length_bias),
@@ -112,7 +113,7 @@ def simulate(
                 seed,
                 on_progress=_bar(progress, label, total),
             )
-            remarks.append(f"{label}: {_remark(outcome, time.monotonic() - began_at_s)}")
+            remarks.append(f"{label}: {_remark(outcome, clock.now_s() - began_at_s)}")
             if file is not None:
                 write_requests(file, outcome.records)
             if report is None:
@@ -126,12 +127,6 @@ def simulate(
     for text in remarks:
         console.print(text, markup=False, highlight=False)
     if report is not None:
-        from lmdeploy_slo.offline.plots import Case
-
-        cases = [
-            Case(name, factor, outcome.run, outcome.records)
-            for (name, factor), outcome in zip(runs, outcomes, strict=True)
-        ]
         settings = {
             "traces": ", ".join(traces),
             "requests": f"{total:,}",
@@ -152,17 +147,28 @@ def simulate(
             "planning budget": f"{plan_evaluations} evaluations, {plan_latency_ms:g} ms",
             "version": __version__,
         }
-        page = html_report.write_report(
-            report,
-            html_report.Report(
-                title=f"{', '.join(policies)} on {', '.join(Path(trace).name for trace in traces)}",
-                subtitle=f"{total:,} requests, {profile}, simulated by lmdeploy_slo {__version__}",
-                cases=cases,
-                settings=settings,
-                command=f"lmdeploy_slo {shlex.join(sys.argv[1:])}",
-            ),
-        )
+        page = _write_page(report, runs, outcomes, settings)
         console.print(f"report: {page}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _write_page(
+    folder: Path, runs: Sequence[tuple[str, float]], outcomes: Sequence[Outcome], settings: Mapping[str, str]
+) -> Path:
+    from lmdeploy_slo.offline.html_report import Report, write_report
+    from lmdeploy_slo.offline.plots import Case
+
+    policies = list(dict.fromkeys(name for name, _ in runs))
+    page = Report(
+        title=f"{', '.join(policies)} on {', '.join(Path(trace).name for trace in settings['traces'].split(', '))}",
+        subtitle=f"{settings['requests']} requests, {settings['profile']}, simulated by lmdeploy_slo {__version__}",
+        cases=[
+            Case(name, factor, outcome.run, outcome.records)
+            for (name, factor), outcome in zip(runs, outcomes, strict=True)
+        ],
+        settings=settings,
+        command=f"lmdeploy_slo {shlex.join(sys.argv[1:])}",
+    )
+    return write_report(folder, page)
 
 
 def request_file(path: Path, policy: str, speedup: float, *, several: bool) -> Path:
