@@ -89,17 +89,6 @@ def virtual(
     return wrap
 
 
-@virtual()
-async def test_a_cache_that_the_engine_knows_only_once_it_is_up_bounds_the_plans(bench: Bench) -> None:
-    runtime = make_runtime(ScriptedEngine(bench.clock), bench.clock)
-    assert runtime.scheduler.limits.kv_tokens is None
-    runtime.engine.info = replace(bench.engine.info, limits=EngineLimits(kv_tokens=4096))  # type: ignore[misc]
-    await runtime.start()
-    assert runtime.scheduler.limits == EngineLimits(kv_tokens=4096)
-    assert runtime.scheduler.snapshot(0.0).limits.kv_tokens == 4096
-    await runtime.close()
-
-
 async def outcome(stream: RequestStream) -> Completion | RequestError:
     try:
         async for delta in stream:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from runtime_bench import ONE_AT_A_TIME, Bench, outcome, virtual
-from scripted_engine import turns
+from scripted_engine import ScriptedEngine, make_runtime, turns
 
 from lmdeploy_slo.clock import VirtualClock
 from lmdeploy_slo.core.request import EndStatus, FinishReason
@@ -133,6 +134,17 @@ async def test_a_whole_answer_is_one_delta(bench: Bench) -> None:
 
     assert (list(delta.token_ids), delta.text) == ([65, 66, 67, 68], "ABCD")
     assert delta.completion is not None
+
+
+@virtual()
+async def test_a_cache_that_the_engine_knows_only_once_it_is_up_bounds_the_plans(bench: Bench) -> None:
+    runtime = make_runtime(ScriptedEngine(bench.clock), bench.clock)
+    assert runtime.scheduler.limits.kv_tokens is None
+    runtime.engine.info = replace(bench.engine.info, limits=EngineLimits(kv_tokens=4096))  # type: ignore[misc]
+    await runtime.start()
+    assert runtime.scheduler.limits == EngineLimits(kv_tokens=4096)
+    assert runtime.scheduler.snapshot(0.0).limits.kv_tokens == 4096
+    await runtime.close()
 
 
 # -- refusals -----------------------------------------------------------------
