@@ -3,11 +3,11 @@
     arrive -> (ask for a plan -> snapshot -> policy -> apply -> submit) -> steps -> records
 
 Planning. As in the runtime, whatever can change a plan asks for one: an arrival, an end, for a policy that wants ticks
-each step, and the time a plan named itself. What is asked for while a step runs is merged into one plan, made
-`plan_latency_s` before the step ends, so that what it sends joins the next step, as it does when each is answered at
-once; an ask in the last `plan_latency_s` of a step, or while no step runs, is answered at once. A plan is applied
-`plan_latency_s` after its snapshot, whatever it really took. A policy that does not want ticks is not asked while no
-slot is free: it could send nothing.
+each step, and the time a plan named itself. What the end of a step asks for is answered at once. What is asked for
+while a step runs is merged into one plan, made `plan_latency_s` before the step ends: what it sends joins the next step,
+as it does in the runtime, where each is answered at once. An ask later than that, or while no step runs, is answered at
+once as well. A plan is applied `plan_latency_s` after its snapshot, whatever it really took; what is asked for in
+between waits for it. A policy that does not want ticks is not asked while no slot is free: it could send nothing.
 
 Steps. A stretch of pure decode in which nothing can happen is one event, and cut where something comes in between. Its
 instants are those of the closed form counted from the first step of the stretch, also where each step is taken by
@@ -86,6 +86,7 @@ class Instance:
         self._plan_at_s = NEVER_S  # when the next snapshot is taken
         self._plan: Plan | None = None  # made, not applied
         self._plan_ready_s = NEVER_S
+        self._at_once = False  # whether that plan must not wait for the end of the step
         self._asked_meanwhile = False  # while a plan was being made
         self._replan_at_s = NEVER_S
         # steps
@@ -147,12 +148,13 @@ class Instance:
 
     # -- planning -------------------------------------------------------------
 
-    def _ask(self, now_s: float) -> None:
+    def _ask(self, now_s: float, *, at_once: bool = False) -> None:
         if not self._waiting or (not self._wants_ticks and not self.scheduler.free_slots):
             return
+        self._at_once |= at_once
         if self._plan is not None:
             self._asked_meanwhile = True
-        elif self._plan_at_s == NEVER_S:
+        elif self._plan_at_s == NEVER_S or at_once:
             self._plan_at_s = now_s
 
     def _prepare_plan(self, now_s: float) -> None:
@@ -162,7 +164,7 @@ class Instance:
             if self._step_ends_s == NEVER_S:
                 self._begin_step(now_s, jump=False)
         latest_s = self._step_ends_s - self._plan_latency_s
-        if now_s < latest_s - _ROUNDING_S and latest_s < NEVER_S:
+        if now_s < latest_s - _ROUNDING_S and latest_s < NEVER_S and not self._at_once:
             self._plan_at_s = latest_s
             return
         self._make_plan(now_s)
@@ -171,6 +173,7 @@ class Instance:
 
     def _make_plan(self, now_s: float) -> None:
         self._plan_at_s = self._replan_at_s = NEVER_S
+        self._at_once = False
         self._tell_progress()
         self._plan = self.policy.plan(self.scheduler.snapshot(now_s))
         self._plan_ready_s = now_s + self._plan_latency_s
@@ -194,7 +197,7 @@ class Instance:
             self._replan_at_s = NEVER_S
         if self._asked_meanwhile:
             self._asked_meanwhile = False
-            self._ask(now_s)
+            self._ask(now_s)  # at once where one of those who asked wanted it so
 
     def _sequence(self, request: SimulatedRequest, handle: int) -> Sequence:
         """For the engine, in which those that wait for memory go in the order they were sent."""
@@ -296,7 +299,7 @@ class Instance:
                     self._recomputing.discard(handle)
                     scheduler.on_tokens(handle, 1, now_s)
         if self._wants_ticks:
-            self._ask(now_s)
+            self._ask(now_s, at_once=True)
 
     def _note_evictions(self) -> None:
         self._evictions = self.batch.evictions
@@ -318,7 +321,7 @@ class Instance:
         self.outstanding_s = self.outstanding_s - flight.work_s if self._flights else 0.0
         self.scheduler.finish(flight.handle, sequence.output_tokens)
         self._record(flight.request, flight.timing, now_s, EndStatus.FINISHED, flight.predicted_output_tokens)
-        self._ask(now_s)
+        self._ask(now_s, at_once=True)
 
     def _record(
         self, request: SimulatedRequest, timing: Timing, now_s: float, status: EndStatus, predicted: float | None
