@@ -97,6 +97,14 @@ def test_a_plan_that_comes_late_in_a_step_joins_the_one_after_the_next() -> None
     assert instants(record)[:2] == pytest.approx((2.8, next_step_ends + 1 + 0.1 + 0.1 + 0.101))
 
 
+def test_what_the_end_of_a_step_asks_for_is_planned_at_once() -> None:
+    """A slot is free when the shorter one ends; who waits for it is sent half a second later, though a step runs."""
+    requests = [request("long", 0.0, 100, 9), request("short", 0.0, 100, 1), request("waits", 0.1, 10, 1)]
+    records = simulate(requests, model=SECONDS, limits=EngineLimits(max_batch_size=2), plan_latency_s=0.5)
+    assert records["short"].timing.ended_at_s == pytest.approx(0.5 + 1 + 2)
+    assert records["waits"].timing.dispatched_at_s == pytest.approx(3.5 + 0.5)
+
+
 def test_without_plan_latency_a_plan_is_applied_where_it_is_made() -> None:
     requests = [request("a", 0.0, 100, 3), request("b", 1.0, 10, 1)]
     records = simulate(requests, model=SECONDS, plan_latency_s=0.0)
