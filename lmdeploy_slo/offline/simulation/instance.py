@@ -2,12 +2,13 @@
 
     arrive -> (ask for a plan -> snapshot -> policy -> apply -> submit) -> steps -> records
 
-Planning. As in the runtime, whatever can change a plan asks for one: an arrival, an end, for a policy that wants ticks
-each step, and the time a plan named itself. What the end of a step asks for is answered at once. What is asked for
-while a step runs is merged into one plan, made `plan_latency_s` before the step ends: what it sends joins the next
-step, as it does in the runtime, where each is answered at once. An ask later than that, or while no step runs, is answered at
-once as well. A plan is applied `plan_latency_s` after its snapshot, whatever it really took; what is asked for in
-between waits for it. A policy that does not want ticks is not asked while no slot is free: it could send nothing.
+Planning. As in the runtime, whatever can change a plan asks for one: an arrival, an end, for a policy that wants
+ticks each step, and the time a plan named itself. What the end of a step asks for is answered at once. What is asked
+for while a step runs is merged into one plan, made `plan_latency_s` before the step ends: what it sends joins the
+next step, as it does in the runtime, where each is answered at once. An ask later than that, or while no step runs,
+is answered at once as well. A plan is applied `plan_latency_s` after its snapshot, whatever it really took; what is
+asked for in between waits for it. A policy that does not want ticks is not asked while no slot is free: it could send
+nothing.
 
 Steps. A stretch of pure decode in which nothing can happen is one event, and cut where something comes in between. Its
 instants are those of the closed form counted from the first step of the stretch, also where each step is taken by
