@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -201,3 +203,17 @@ def test_a_report_without_matplotlib_names_the_extra(
     captured = capsys.readouterr()
     assert "pip install 'lmdeploy-slo[report]'" in captured.err
     assert captured.out == ""
+
+
+@pytest.mark.slow
+def test_the_bytes_do_not_depend_on_the_process(tmp_path: Path, trace: str) -> None:
+    files = []
+    for number, hash_seed in enumerate(("0", "1")):
+        out, requests = tmp_path / f"{number}.json", tmp_path / f"{number}.csv"
+        command = [sys.executable, "-m", "lmdeploy_slo", "simulate", trace, *SLOS, "--policy", "annealing,slack-guard"]
+        outputs = ["--instances", "2", "--speedup", "8", "--json", str(out), "--requests-out", str(requests)]
+        environ = {**os.environ, "PYTHONHASHSEED": hash_seed}
+        subprocess.run([*command, *outputs], check=True, capture_output=True, env=environ)
+        files.append([path.read_bytes() for path in (out, *sorted(tmp_path.glob(f"{number}.*.csv")))])
+    assert len(files[0]) == 3
+    assert files[0] == files[1]
