@@ -124,7 +124,8 @@ def plain_rollout(admit, n, pace, base, steps, stakes, candidates) -> float:
             continue
         for output in candidates.outputs[j]:
             at = after(admit[j] + int(output))
-            if at <= candidates.e2e_at[j] and at - first <= candidates.tpot[j] * (output - 1):
+            paced = output < 2 or at - first <= candidates.tpot[j] * (output - 1)
+            if at <= candidates.e2e_at[j] and paced:
                 score += candidates.worth[j] / QUANTILES
     return score
 

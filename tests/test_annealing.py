@@ -168,6 +168,14 @@ def test_the_search_equals_the_plain_twin_under_the_same_draws(seed: int) -> Non
     assert (score, best_score) == pytest.approx((plain_last, plain_best_score), abs=1e-9)
 
 
+def test_an_output_of_one_token_meets_without_a_tpot_objective() -> None:
+    rows = draw_snapshot(1, waiting=1, running=0).waiting.copy()
+    rows["tier"], rows["arrival_at_s"], rows["prompt_tokens"], rows["output_tokens"] = 1, NOW_S, 100, 1
+    rows["ttft_s"], rows["tpot_s"], rows["e2e_s"] = np.inf, np.inf, 2.0
+    stage = Stage(Snapshot(NOW_S, rows, draw_snapshot(1, running=0).running, EngineLimits(), MODEL), price_s=0.0)
+    assert stage.compiled([0]) == pytest.approx(1.0)
+
+
 def policy(evaluations: int = 300, **options: float) -> AnnealingPolicy:
     return AnnealingPolicy(
         budget=SearchBudget(time_s=None, evaluations=evaluations), options=AnnealingOptions(**options)

@@ -285,7 +285,9 @@ def rollout(admit: Any, n: Any, pace: Any, base: Any, steps: Any, stakes: Any, a
             output = candidates.outputs[j, q]
             end = at + output
             at_s = times[end] if end <= steps else time + (end - steps) * last
-            if at_s <= candidates.e2e_at[j] and at_s - first <= candidates.tpot[j] * (output - 1):
+            # a single token meets any TPOT; without the test, no objective (inf) times 0 would be nan
+            paced = output < 2 or at_s - first <= candidates.tpot[j] * (output - 1)
+            if at_s <= candidates.e2e_at[j] and paced:
                 met += 1
         score += candidates.worth[j] * met / QUANTILES
     return score

@@ -35,7 +35,8 @@ def running_slack_s(snapshot: Snapshot, batch_size: int, context_tokens: float) 
     remaining = np.maximum(rows["output_tokens"] - np.maximum(rows["generated_tokens"], 1.0), 0.0)
     end_s = np.where(started, now_s + pending_s, first_s) + remaining * step_s
     by_ttft = np.where(started, np.inf, rows["arrival_at_s"] + rows["ttft_s"] - first_s)
-    by_tpot = np.where(remaining > 0, first_s + rows["tpot_s"] * (rows["output_tokens"] - 1) - end_s, np.inf)
+    gaps = np.maximum(rows["output_tokens"] - 1, 1e-9)  # never 0: it may be multiplied with inf
+    by_tpot = np.where(remaining > 0, first_s + rows["tpot_s"] * gaps - end_s, np.inf)
     by_e2e = rows["arrival_at_s"] + rows["e2e_s"] - end_s
     return np.asarray(np.minimum(np.minimum(by_ttft, by_tpot), by_e2e))
 
