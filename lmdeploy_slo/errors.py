@@ -8,9 +8,15 @@
         +-- InvalidRequest     the client's fault: names each field and the limit it broke
         +-- ModelNotFound      it names a model that is not served here
         +-- RequestIdInUse     its id belongs to a request that has not ended
+        +-- Unauthenticated    the caller did not show who it is
+        +-- PermissionDenied   the caller is known, and may not do this
         +-- Rejected           not accepted; may be tried again after `retry_after_s`
-        |   +-- QueueFull
-        |   +-- Unattainable   its SLO cannot be met and it allowed shedding
+        |   +-- QueueFull          too much waits, of all clients together
+        |   +-- ClientQueueFull    too much of this client waits
+        |   +-- TooManyStreams     too many requests are open
+        |   +-- RateLimited        the client has used up its tokens for now
+        |   +-- Overloaded         the oldest waiting request waits for too long
+        |   +-- Unattainable       its SLO cannot be met and it allowed shedding
         +-- QueueTimeout       waited longer than its `queue_timeout_s`
         +-- DeadlineExceeded   the caller's hard deadline passed
         +-- Cancelled          the client went away or asked for an abort
@@ -85,6 +91,18 @@ class RequestIdInUse(RequestError):
     reason = "REQUEST_ID_IN_USE"
 
 
+class Unauthenticated(RequestError):
+    """The call carries no valid token where one is needed. The text never says what was wrong with it."""
+
+    reason = "UNAUTHENTICATED"
+
+
+class PermissionDenied(RequestError):
+    """The caller is known, and its policy does not let it do this."""
+
+    reason = "PERMISSION_DENIED"
+
+
 class Rejected(RequestError):
     """Not accepted; nothing was done. `retry_after_s` is a hint, None where trying again is pointless."""
 
@@ -96,9 +114,33 @@ class Rejected(RequestError):
 
 
 class QueueFull(Rejected):
-    """The waiting queue is at its bound."""
+    """The waiting queue is at its bound, in requests or in tokens."""
 
     reason = "QUEUE_FULL"
+
+
+class ClientQueueFull(Rejected):
+    """The client's share of the waiting queue is at its bound."""
+
+    reason = "CLIENT_QUEUE_FULL"
+
+
+class TooManyStreams(Rejected):
+    """As many requests as are allowed are open, of this client or of all."""
+
+    reason = "TOO_MANY_STREAMS"
+
+
+class RateLimited(Rejected):
+    """The client has used more tokens than its rate allows; `retry_after_s` is exact."""
+
+    reason = "RATE_LIMITED"
+
+
+class Overloaded(Rejected):
+    """The oldest waiting request waits longer than the server allows; new ones would only wait behind it."""
+
+    reason = "OVERLOADED"
 
 
 class Unattainable(Rejected):

@@ -19,6 +19,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from lmdeploy_slo.errors import (
     Cancelled,
+    ClientQueueFull,
     DeadlineExceeded,
     Draining,
     EngineError,
@@ -26,13 +27,18 @@ from lmdeploy_slo.errors import (
     FieldViolation,
     InvalidRequest,
     ModelNotFound,
+    Overloaded,
+    PermissionDenied,
     QueueFull,
     QueueTimeout,
+    RateLimited,
     Rejected,
     RequestError,
     RequestIdInUse,
     SloError,
+    TooManyStreams,
     Unattainable,
+    Unauthenticated,
 )
 
 ERROR_DOMAIN = "lmdeploy_slo"
@@ -79,12 +85,17 @@ _BY_REASON: dict[str, type[RequestError]] = {
         Draining,
         EngineUnavailable,
         ModelNotFound,
+        PermissionDenied,
         QueueTimeout,
         RequestError,
         RequestIdInUse,
+        Unauthenticated,
     )
 }
-_REJECTIONS: dict[str, type[Rejected]] = {cls.reason: cls for cls in (Rejected, QueueFull, Unattainable)}
+_REJECTIONS: dict[str, type[Rejected]] = {
+    cls.reason: cls
+    for cls in (Rejected, QueueFull, ClientQueueFull, TooManyStreams, RateLimited, Overloaded, Unattainable)
+}
 
 
 def error_of(call: _FailedCall) -> SloError:

@@ -14,10 +14,12 @@ from lmdeploy_slo.errors import (
     EngineUnavailable,
     InvalidRequest,
     ModelNotFound,
+    PermissionDenied,
     QueueTimeout,
     Rejected,
     RequestError,
     RequestIdInUse,
+    Unauthenticated,
 )
 
 ERROR_DOMAIN = "lmdeploy_slo"
@@ -26,6 +28,8 @@ _CODES: tuple[tuple[type[RequestError], grpc.StatusCode], ...] = (  # the first 
     (InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
     (ModelNotFound, grpc.StatusCode.NOT_FOUND),
     (RequestIdInUse, grpc.StatusCode.ALREADY_EXISTS),
+    (Unauthenticated, grpc.StatusCode.UNAUTHENTICATED),
+    (PermissionDenied, grpc.StatusCode.PERMISSION_DENIED),
     (Rejected, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (QueueTimeout, grpc.StatusCode.DEADLINE_EXCEEDED),
     (DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
