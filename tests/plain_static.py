@@ -43,6 +43,7 @@ def plan(problem: StaticProblem, seed: int = 0, schedule: AnnealingSchedule = SC
         [rule_order(problem, rule).tolist() for rule in RULES],
         tables.run_time,
         tables.limit,
+        tables.waited,
         problem.largest_batch,
         seed,
         hot=schedule.hot,
@@ -67,6 +68,7 @@ def anneal(
     starts: Sequence[Sequence[int]],
     run_time: npt.NDArray[np.int64],
     limit: npt.NDArray[np.int64],
+    waited: int,
     batch_size: int,
     seed: int,
     *,
@@ -83,7 +85,7 @@ def anneal(
     laid_out = [_full_batches(order, batch_size) for order in starts]
     found = []
     for rows in laid_out:
-        _, total, met = _weigh(rows, [(0, 0, 0)], 0, run_times, limits)[-1]
+        _, total, met = _weigh(rows, [(0, waited, 0)], 0, run_times, limits)[-1]
         found.append(Found(met, total, len(starts), _batch_of(rows)))
     chosen = max(range(len(starts)), key=lambda i: (found[i].score, -i))
     best = found[chosen]
@@ -92,7 +94,7 @@ def anneal(
     draws = splitmix64(seed)
     evaluations = len(starts)
     for _ in range(walks):
-        walk = _Walk([row[:] for row in laid_out[chosen]], batch_size, run_times, limits)
+        walk = _Walk([row[:] for row in laid_out[chosen]], batch_size, run_times, limits, waited)
         walk.run(draws, hot, cold, cooling, moves, unit)
         evaluations += walk.weighed
         if walk.best.score > best.score:
@@ -102,10 +104,10 @@ def anneal(
 
 
 class _Walk:
-    def __init__(self, rows: Rows, batch_size: int, run_times: Table, limits: Table) -> None:
+    def __init__(self, rows: Rows, batch_size: int, run_times: Table, limits: Table, waited: int) -> None:
         self.rows, self.batch_size = rows, batch_size
         self.run_times, self.limits = run_times, limits
-        self.before = _weigh(rows, [(0, 0, 0)], 0, run_times, limits)
+        self.before = _weigh(rows, [(0, waited, 0)], 0, run_times, limits)
         self.where = {r: (k, j) for k, row in enumerate(rows) for j, r in enumerate(row) if r is not None}
         self.weighed = 0
         self.best = Found(self.before[-1][2], self.before[-1][1], 0, _batch_of(rows))
@@ -166,7 +168,7 @@ class _Walk:
         kept = [k for k, row in enumerate(rows) if any(r is not None for r in row)]
         if kept == list(range(1, len(rows) - 1)):
             return
-        before[:] = [(0, 0, 0)] + [before[k] for k in kept] + [before[-1]] * 2
+        before[:] = [before[0]] + [before[k] for k in kept] + [before[-1]] * 2
         rows[:] = [[None] * self.batch_size] + [rows[k] for k in kept] + [[None] * self.batch_size]
         self.where.update({r: (k, j) for k, row in enumerate(rows) for j, r in enumerate(row) if r is not None})
 

@@ -123,6 +123,15 @@ def test_no_slo_may_be_left_out_null_or_empty(plan: Any) -> None:
     assert answer["sum_e2e_ms"] > 0
 
 
+def test_what_was_waited_already_counts(plan: Any) -> None:
+    late = [{**request("a", e2e_ms=20_000), "waited_ms": 15_000}, request("b", e2e_ms=20_000)]
+    fresh = [request("a", e2e_ms=20_000), request("b", e2e_ms=20_000)]
+    late_answer = plan(snapshot(late), "--policy", "fcfs").answer
+    fresh_answer = plan(snapshot(fresh), "--policy", "fcfs").answer
+    assert (late_answer["met"], fresh_answer["met"]) == (1, 2)
+    assert late_answer["sum_e2e_ms"] == pytest.approx(fresh_answer["sum_e2e_ms"] + 15_000)
+
+
 WRONG_REQUESTS = [
     ([], "requests: "),
     ({}, "requests: "),
@@ -141,6 +150,7 @@ WRONG_REQUESTS = [
     ([request("a", tpot_ms=float("nan"))], "requests[0].slo.tpot_ms: Input should be a finite number, got nan"),
     ([request("a", tpot_ms=float("inf"))], "requests[0].slo.tpot_ms: "),
     ([request("a", tpot_ms="50")], "requests[0].slo.tpot_ms: "),
+    ([{**request("a"), "waited_ms": -1}], "requests[0].waited_ms: Input should be greater than or equal to 0, got -1"),
     ([request("a", p99_ms=1)], "requests[0].slo.p99_ms: is unknown"),
     ([{**request("a"), "priority": 1}], "requests[0].priority: is unknown"),
     ([{**request("a"), "two\nlines" + 1000 * "-": 1}], "requests[0].two\\nlines---"),

@@ -42,7 +42,8 @@ SHORT = AnnealingSchedule(hot=500.0, cold=20.0, cooling=0.5)  # 5 levels
 
 objective = st.none() | st.floats(0.05, 40)
 slos = st.just(NO_SLO) | st.builds(Slo, objective, st.none() | st.floats(0.01, 0.03), objective)
-requests = st.builds(StaticRequest, st.integers(1, 2000), st.integers(1, 1000), slos)
+waits = st.just(0.0) | st.floats(0, 30)
+requests = st.builds(StaticRequest, st.integers(1, 2000), st.integers(1, 1000), slos, waits)
 
 
 def problems(most: int) -> st.SearchStrategy[StaticProblem]:
@@ -74,7 +75,9 @@ def outcomes(problem: StaticProblem, batches: Sequence[Sequence[int]]) -> Iterat
             prefill_s = problem.latency.prefill_s(len(batch), float(request.prompt_tokens))
             decode_s = problem.latency.decode_s(len(batch), float(request.prompt_tokens), float(request.output_tokens))
             longest_s = max(longest_s, prefill_s + decode_s)
-            e2e_s, ttft_s, tpot_s = wait_s + prefill_s + decode_s, wait_s + prefill_s, decode_s / request.output_tokens
+            waited_s = request.waited_s + wait_s
+            ttft_s, tpot_s = waited_s + prefill_s, decode_s / request.output_tokens
+            e2e_s = ttft_s + decode_s
             limits = ((slo.e2e_s, e2e_s), (slo.ttft_s, ttft_s), (slo.tpot_s, tpot_s))
             yield e2e_s, slo.has_objective and all(most is None or value <= most for most, value in limits)
         wait_s += longest_s
@@ -139,6 +142,20 @@ def test_times_that_would_not_fit_are_counted_in_longer_ticks() -> None:
 def test_a_request_has_tokens(prompt_tokens: int, output_tokens: int) -> None:
     with pytest.raises(ValueError, match="at least one token"):
         StaticRequest(prompt_tokens, output_tokens)
+
+
+@pytest.mark.parametrize("waited_s", [-1.0, math.inf, math.nan])
+def test_nobody_waits_backwards_or_for_ever(waited_s: float) -> None:
+    with pytest.raises(ValueError, match="waited_s"):
+        StaticRequest(1, 1, waited_s=waited_s)
+
+
+@given(problems(5), st.floats(0.1, 20))
+def test_who_has_waited_may_wait_that_much_less(problem: StaticProblem, waited_s: float) -> None:
+    longer = tuple(replace(r, waited_s=r.waited_s + waited_s) for r in problem.requests)
+    plan, later = follow_rule(problem, "fcfs"), follow_rule(replace(problem, requests=longer), "fcfs")
+    assert later.sum_e2e_s == pytest.approx(plan.sum_e2e_s + waited_s * len(longer))
+    assert later.met <= plan.met
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(0, 1), (MAX_REQUESTS + 1, 1), (1, 0), (1, 10**6)])

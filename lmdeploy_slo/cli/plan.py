@@ -32,6 +32,7 @@ _Tokens = Annotated[int, Field(strict=True, ge=1, le=10_000_000)]
 _BatchSize = Annotated[int, Field(strict=True, ge=1, le=MAX_BATCH_SIZE)]
 _Coefficient = Annotated[float, Field(strict=True, ge=0, le=1e6, allow_inf_nan=False)]
 _Coefficients = Annotated[list[_Coefficient], Field(min_length=4, max_length=4)]
+_WaitedMs = Annotated[float, Field(strict=True, ge=0, le=1e12, allow_inf_nan=False)]
 _ObjectiveMs = Annotated[float, Field(strict=True, gt=0, le=1e12, allow_inf_nan=False)]
 
 
@@ -53,6 +54,7 @@ class _Request(_Checked):
     prompt_tokens: _Tokens
     output_tokens: _Tokens
     slo: _Slo | None = None
+    waited_ms: _WaitedMs = 0.0
 
 
 class _Latency(_Checked):
@@ -69,7 +71,9 @@ class _Snapshot(_Checked):
         a, b, c, d = (v / 1e3 for v in self.latency.prefill)
         e, f, g, h = (v / 1e3 for v in self.latency.decode)
         requests = (
-            StaticRequest(r.prompt_tokens, r.output_tokens, NO_SLO if r.slo is None else r.slo.in_seconds())
+            StaticRequest(
+                r.prompt_tokens, r.output_tokens, NO_SLO if r.slo is None else r.slo.in_seconds(), r.waited_ms / 1e3
+            )
             for r in self.requests
         )
         return StaticProblem(tuple(requests), self.max_batch_size, BilinearModel((a, b, c, d), (e, f, g, h)))
@@ -92,8 +96,8 @@ def plan(
     """Print the static plan for a list of requests: batches that run one after the other.
 
     SNAPSHOT.json is an object with max_batch_size, latency (prefill and decode, a list of four coefficients each) and
-    requests, a list of objects with id, prompt_tokens, output_tokens and slo: null or any of e2e_ms, ttft_ms, tpot_ms.
-    Coefficients and objectives are in milliseconds.
+    requests, a list of objects with id, prompt_tokens, output_tokens, slo (null or any of e2e_ms, ttft_ms, tpot_ms)
+    and, where it has waited already, waited_ms. Coefficients and times are in milliseconds.
 
     The answer has the batches of ids, the objective G per second, how many requests meet their SLO, the sum of all
     end-to-end times, how many plans were scored, and how long the search took, without reading and compiling.

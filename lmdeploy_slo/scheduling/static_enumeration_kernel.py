@@ -30,13 +30,14 @@ def _weigh_subsets(n: Any, batch_size: Any, run_time: Any, limit: Any) -> Any:
 
 
 @jit
-def enumerate_plans(n: Any, run_time: Any, limit: Any, batch_size: Any, batch_of: Any) -> Any:
+def enumerate_plans(n: Any, run_time: Any, limit: Any, waited: Any, batch_size: Any, batch_of: Any) -> Any:
     """Scores every sequence of batches there is; as `anneal`, with the best of all plans. About 5 ms for n = 8."""
     size, longest, run_total = _weigh_subsets(n, batch_size, run_time, limit)
     left, chosen = np.zeros(n + 1, np.int64), np.zeros(n + 1, np.int64)  # by depth: not yet in a batch; the batch
     todo = np.zeros(n + 1, np.int64)  # the subset of `left` to try next, downwards
     wait, total, met = np.zeros(n + 1, np.int64), np.zeros(n + 1, np.int64), np.zeros(n + 1, np.int64)
     left[0] = todo[0] = (1 << n) - 1
+    total[0] = waited
     best, best_total, best_met = -1.0, 0, 0
     evaluations = 0
     depth = 0

@@ -240,13 +240,14 @@ def _walk(
 
 @jit
 def anneal(
-    starts: Any, run_time: Any, limit: Any, batch_size: Any, shift: Any, seed: Any, hot: Any, cold: Any, cooling: Any,
-    moves: Any, walks: Any, unit: Any, enough: Any, batch_of: Any,
+    starts: Any, run_time: Any, limit: Any, waited: Any, batch_size: Any, shift: Any, seed: Any, hot: Any, cold: Any,
+    cooling: Any, moves: Any, walks: Any, unit: Any, enough: Any, batch_of: Any,
 ) -> Any:  # fmt: skip
     """Searches for the plan of n requests with the highest G; leaves each one's batch, counted from 1, in `batch_of`.
 
-    starts: orders, shape (any, n); each is cut into full batches, and all walks begin from the best of them. enough: a
-    start that meets so many is returned at once; -1 for never. shift: 2 ** shift >= batch_size, and at least 2.
+    waited: before the plan begins, of all requests together; in the sum of E2E. starts: orders, shape (any, n); each is
+    cut into full batches, and all walks begin from the best of them. enough: a start that meets so many is returned
+    at once; -1 for never. shift: 2 ** shift >= batch_size, and at least 2.
     walks: independent searches, in which the temperature falls from `hot`, times `cooling` after `moves` moves, while
     it is above `cold`. A worse plan is accepted with exp(dG / T), dG in units of `unit` times the best G of the walk.
     Moves: pull a request into the previous batch, push it into the next, exchange it with one of any other batch, or
@@ -263,6 +264,7 @@ def anneal(
         np.zeros((count, 3), np.int64),
         np.zeros((count, 3), np.int64),
     )
+    rows.before[_0, _1] = waited
     tables = Tables(run_time, limit)
     best_row = np.empty(starts.shape[1], np.uint64)
     chosen = 0

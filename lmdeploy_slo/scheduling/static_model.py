@@ -8,7 +8,8 @@ output tokens:
     t_wait = sum over the earlier batches of their longest t_exec
     G      = requests that meet their SLO / sum of all E2E; where nobody meets, the shorter sum is the better plan
 
-A request without an objective counts in the sum, and never as met.
+A request without an objective counts in the sum, and never as met. One that has waited before the plan begins has this
+in its t_wait, so that plans can be made again while requests come and go.
 """
 
 from __future__ import annotations
@@ -32,15 +33,18 @@ _LONGEST_TICKS = 2.0**60  # no sum of times is longer, so that 64 bits hold it
 
 @dataclass(frozen=True, slots=True)
 class StaticRequest:
-    """prompt_tokens, output_tokens: >= 1, predicted or known; else ValueError."""
+    """prompt_tokens, output_tokens: >= 1, predicted or known. waited_s: since its arrival, >= 0. Else ValueError."""
 
     prompt_tokens: int
     output_tokens: int
     slo: Slo = NO_SLO
+    waited_s: float = 0.0
 
     def __post_init__(self) -> None:
         if self.prompt_tokens < 1 or self.output_tokens < 1:
             raise ValueError(f"a request has at least one token in and out, got {self}")
+        if not (math.isfinite(self.waited_s) and self.waited_s >= 0):
+            raise ValueError(f"waited_s must be a finite number of 0 or more, got {self.waited_s}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +100,7 @@ class Columns:
     ttft_s: npt.NDArray[np.float64]
     tpot_s: npt.NDArray[np.float64]
     e2e_s: npt.NDArray[np.float64]
+    waited_s: npt.NDArray[np.float64]
 
     @classmethod
     def of(cls, requests: Sequence[StaticRequest]) -> Columns:
@@ -104,6 +109,7 @@ class Columns:
                 request.prompt_tokens,
                 request.output_tokens,
                 *(math.inf if v is None else v for v in (request.slo.ttft_s, request.slo.tpot_s, request.slo.e2e_s)),
+                request.waited_s,
             )
             for request in requests
         ]
@@ -114,12 +120,15 @@ class Columns:
 class Tables:
     """`run_time` and `limit` as `static_kernel` takes them, shape (largest_batch + 1, n + 1), in ticks of `tick_s`.
 
+    waited: the sum of what all requests have waited before the plan begins, ticks; part of the sum of E2E.
+
     A tick is a nanosecond; longer only where sums of times would not fit into 64 bits. All times are compared as whole
     ticks, so that an objective that is met exactly is met.
     """
 
     run_time: npt.NDArray[np.int64]
     limit: npt.NDArray[np.int64]
+    waited: int
     tick_s: float
 
 
@@ -128,26 +137,27 @@ def weigh(problem: StaticProblem) -> Tables:
     columns = Columns.of(problem.requests)
     prompt, output = columns.prompt_tokens, columns.output_tokens
     latency, n = problem.latency, len(problem.requests)
+    waited_s = float(columns.waited_s.sum())
     slowest_s = latency.prefill_s(problem.largest_batch, prompt) + latency.decode_s(
         problem.largest_batch, prompt, output
     )
-    tick_s = max(_FINEST_TICK_S, n * float(slowest_s.sum()) / _LONGEST_TICKS)
+    tick_s = max(_FINEST_TICK_S, (n * float(slowest_s.sum()) + waited_s) / _LONGEST_TICKS)
     run_time = np.zeros((problem.largest_batch + 1, n + 1), dtype=np.int64)
     limit = np.full((problem.largest_batch + 1, n + 1), -1, dtype=np.int64)
     has_slo = np.array([request.slo.has_objective for request in problem.requests])
     for b in range(1, problem.largest_batch + 1):
         prefill_s, decode_s = latency.prefill_s(b, prompt), latency.decode_s(b, prompt, output)
         run_time[b, :n] = np.maximum(1, np.rint((prefill_s + decode_s) / tick_s))
-        wait_s = np.minimum(columns.ttft_s - prefill_s, columns.e2e_s - (prefill_s + decode_s))
+        wait_s = np.minimum(columns.ttft_s - prefill_s, columns.e2e_s - (prefill_s + decode_s)) - columns.waited_s
         wait = np.minimum(np.rint(wait_s / tick_s), _LONGEST_TICKS)
         fast = np.rint(decode_s / output / tick_s) <= np.rint(columns.tpot_s / tick_s)
         limit[b, :n] = np.where(has_slo & fast & (wait >= 0), wait, -1)
-    return Tables(run_time, limit, tick_s)
+    return Tables(run_time, limit, round(waited_s / tick_s), tick_s)
 
 
 def score(tables: Tables, batches: Sequence[Sequence[int]]) -> tuple[int, int]:
     """(requests that meet, sum of E2E in ticks) of a plan."""
-    wait = total = met = 0
+    wait, total, met = 0, tables.waited, 0
     for batch in batches:
         run_times = tables.run_time[len(batch), list(batch)]
         total += int(run_times.sum()) + wait * len(batch)

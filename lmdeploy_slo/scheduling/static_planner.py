@@ -54,6 +54,7 @@ def anneal(
         starts,
         tables.run_time.ravel(),
         tables.limit.ravel(),
+        tables.waited,
         np.uint64(problem.largest_batch),
         np.uint64(max(2, (problem.largest_batch - 1).bit_length())),
         np.uint64(seed),
@@ -80,7 +81,7 @@ def enumerate_all(problem: StaticProblem, *, clock: Clock | None = None) -> Stat
     batch_of = np.zeros(n, dtype=np.uint64)
     begun_at_s = clock.now_s()
     met, total, evaluations = static_enumeration_kernel.enumerate_plans(
-        n, tables.run_time.ravel(), tables.limit.ravel(), problem.largest_batch, batch_of
+        n, tables.run_time.ravel(), tables.limit.ravel(), tables.waited, problem.largest_batch, batch_of
     )
     elapsed_s = clock.now_s() - begun_at_s
     return StaticPlan(_batches(batch_of), int(met), int(total) * tables.tick_s, int(evaluations), elapsed_s)
@@ -136,7 +137,7 @@ def warm_up() -> None:
 
 
 def _fcfs(problem: StaticProblem, columns: Columns) -> _Column:
-    return np.zeros(len(problem.requests))
+    return np.zeros(len(problem.requests))  # they are in order of arrival
 
 
 def _wall_s(problem: StaticProblem, columns: Columns) -> _Column:
@@ -153,12 +154,13 @@ def _run_s(problem: StaticProblem, columns: Columns, batch_size: int) -> _Column
 
 
 def _deadline_s(problem: StaticProblem, columns: Columns) -> _Column:
-    return np.minimum(columns.ttft_s, columns.e2e_s)
+    return np.minimum(columns.ttft_s, columns.e2e_s) - columns.waited_s
 
 
 def _latest_start_s(problem: StaticProblem, columns: Columns) -> _Column:
     first_token_s = problem.latency.prefill_s(problem.largest_batch, columns.prompt_tokens)
-    return np.minimum(columns.ttft_s - first_token_s, columns.e2e_s - _wall_s(problem, columns))
+    longest_s = np.minimum(columns.ttft_s - first_token_s, columns.e2e_s - _wall_s(problem, columns))
+    return longest_s - columns.waited_s
 
 
 _KEYS: dict[str, Callable[[StaticProblem, Columns], _Column]] = {
@@ -171,8 +173,9 @@ _KEYS: dict[str, Callable[[StaticProblem, Columns], _Column]] = {
 
 RULES = tuple(f"{name}{suffix}" for name in _KEYS for suffix in ("", "-feasible"))
 """Sort keys, smallest first, as online but for the static model: `fcfs` arrival; `sjf` t_exec in a full batch; `swf`
-t_exec alone; `edf` the smaller of the TTFT and the E2E objective; `llf` the longest wait that still meets, in a full
-batch. With `-feasible` appended, requests that cannot meet even without a wait go last, in order of t_exec alone."""
+t_exec alone; `edf` the smaller of the TTFT and the E2E objective; `llf` the longest wait from now that still meets, in
+a full batch. With `-feasible` appended, those that cannot meet even if they run now go last, in order of t_exec alone.
+"""
 
 
 def _batches(batch_of: Iterable[int]) -> tuple[tuple[int, ...], ...]:
