@@ -10,12 +10,16 @@ import numpy.typing as npt
 
 @dataclass(frozen=True, slots=True)
 class PlanQuality:
-    """How a plan came about, for metrics and reports; nothing is decided by it."""
+    """How a plan came about, for metrics and reports; nothing is decided by it.
+
+    price_s: what a second of engine time is worth, in requests met; None where the policy knows no such price.
+    """
 
     start: str = ""  # the rule the search started from
     start_score: float = 0.0
     score: float = 0.0
     evaluations: int = 0
+    price_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +29,13 @@ class Plan:
     order: handles, first to go first. May leave requests out (they stay, behind all others); must not repeat one.
     send_now: how many of `order` to dispatch at once; 0 <= send_now <= len(order).
     replan_after_s: ask again after this long even if nothing happens; None to wait for the next event.
+    costs: one entry for each of `order`: what sending it now is expected to cost all others, in requests met (the price
+    of its engine time, and whom it makes miss); nan: not known. None where the policy knows no costs. For explanations
+    alone.
     """
 
     order: npt.NDArray[np.int64]
     send_now: int
     replan_after_s: float | None = None
     quality: PlanQuality = field(default_factory=PlanQuality)
+    costs: npt.NDArray[np.float64] | None = None

@@ -42,15 +42,18 @@ class Slo:
         """
         if not self.has_objective:
             return None
-        ttft_s, e2e_s = timing.ttft_s, timing.e2e_s
-        if ttft_s is None or e2e_s is None:
+        if timing.ttft_s is None or timing.e2e_s is None:
             return False
-        tpot_s = timing.tpot_s
-        return (
-            (self.ttft_s is None or ttft_s <= self.ttft_s)
-            and (self.e2e_s is None or e2e_s <= self.e2e_s)
-            and (self.tpot_s is None or tpot_s is None or tpot_s <= self.tpot_s)
+        return not self.broken_by(timing)
+
+    def broken_by(self, timing: Timing) -> list[str]:
+        """The names (ttft, tpot, e2e) of the objectives that the times known so far break; empty where none."""
+        pairs = (
+            ("ttft", timing.ttft_s, self.ttft_s),
+            ("tpot", timing.tpot_s, self.tpot_s),
+            ("e2e", timing.e2e_s, self.e2e_s),
         )
+        return [name for name, took_s, most_s in pairs if most_s is not None and took_s is not None and took_s > most_s]
 
 
 NO_SLO = Slo()

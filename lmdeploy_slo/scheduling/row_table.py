@@ -58,6 +58,10 @@ class RowTable:
     def add(self, handle: int, field: str, value: float) -> None:
         self._rows[field][self._index[handle]] += value
 
+    def smallest(self, field: str) -> float | None:
+        """The smallest value of a field; None where there are no rows."""
+        return float(np.min(self._rows[field][: self._size])) if self._size else None
+
     def add_where_positive(self, field: str, value: float) -> None:
         """Adds `value` in every row in which the field is above 0."""
         column = self._rows[field][: self._size]

@@ -50,16 +50,17 @@ def step_time_s(snapshot: Snapshot) -> float:
     return snapshot.model.step_s(0, 0, max(1, len(decoding)), context)
 
 
-def wall_time_s(rows: Rows, snapshot: Snapshot) -> Column:
-    """Predicted time from dispatch to last token, seconds."""
-    return np.asarray(prefill_s(rows, snapshot.model) + rows["output_tokens"] * step_time_s(snapshot))
+def wall_time_s(rows: Rows, model: StepModel, step_s: float | Column) -> Column:
+    """Predicted time from dispatch to last token with decode steps of `step_s`, seconds."""
+    return np.asarray(prefill_s(rows, model) + rows["output_tokens"] * step_s)
 
 
-def latest_start_s(rows: Rows, snapshot: Snapshot) -> Column:
-    """The last instant of dispatch at which every objective is still predicted to be met; inf without any."""
-    first_token_s = prefill_s(rows, snapshot.model) + snapshot.model.c0
+def latest_start_s(rows: Rows, model: StepModel, step_s: float | Column) -> Column:
+    """The last instant of dispatch at which TTFT and E2E are still predicted to be met with decode steps of `step_s`;
+    inf without either."""
+    first_token_s = prefill_s(rows, model) + model.c0
     by_ttft = rows["ttft_s"] - first_token_s
-    by_e2e = rows["e2e_s"] - wall_time_s(rows, snapshot)
+    by_e2e = rows["e2e_s"] - wall_time_s(rows, model, step_s)
     return np.asarray(rows["arrival_at_s"] + np.minimum(by_ttft, by_e2e))
 
 
@@ -68,7 +69,7 @@ def _fcfs(snapshot: Snapshot) -> Column:
 
 
 def _sjf(snapshot: Snapshot) -> Column:
-    return wall_time_s(snapshot.waiting, snapshot)
+    return wall_time_s(snapshot.waiting, snapshot.model, step_time_s(snapshot))
 
 
 def _swf(snapshot: Snapshot) -> Column:
@@ -81,7 +82,7 @@ def _edf(snapshot: Snapshot) -> Column:
 
 
 def _llf(snapshot: Snapshot) -> Column:
-    return latest_start_s(snapshot.waiting, snapshot)
+    return latest_start_s(snapshot.waiting, snapshot.model, step_time_s(snapshot))
 
 
 RULES: dict[str, Callable[[Snapshot], Column]] = {
@@ -99,7 +100,7 @@ def rule_order(snapshot: Snapshot, name: str, *, feasible_first: bool = False) -
     key = RULES[name](snapshot)
     hopeless = np.zeros(len(rows), dtype=np.int64)
     if feasible_first:
-        late = latest_start_s(rows, snapshot) < snapshot.now_s
+        late = latest_start_s(rows, snapshot.model, step_time_s(snapshot)) < snapshot.now_s
         hopeless = late.astype(np.int64)
         key = np.where(late, engine_time_s(rows, snapshot.model), key)
     order = np.lexsort((rows["handle"], rows["arrival_at_s"], key, hopeless, -rows["tier"]))

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,10 +29,12 @@ from lmdeploy_slo.scheduling.row_table import RowTable
 
 @dataclass(frozen=True, slots=True)
 class Dispatch:
-    """A request that goes to the engine now; `rank` is its place in the plan, smaller first."""
+    """A request that goes to the engine now; `rank` is its place in the plan, smaller first, `row` a record of ROW_DTYPE,
+    as it was planned with."""
 
     handle: int
     rank: int
+    row: Any = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +145,7 @@ class Scheduler:
             row["dispatched_at_s"] = now_s
             self._running.insert(row)
             self._waiting_prompt_tokens -= self._specs[handle].prompt_tokens
-            dispatches.append(Dispatch(handle, rank))
+            dispatches.append(Dispatch(handle, rank, row))
         self._dispatched += len(dispatches)
         self._order = order
         return dispatches
@@ -169,6 +172,17 @@ class Scheduler:
                 return position
             position += other in self._waiting
         return len(self._waiting) - 1
+
+    def waiting_order(self) -> npt.NDArray[np.int64]:
+        """The handles that wait, in the order of the last plan; those it did not know come last, by arrival."""
+        waits = [handle for handle in self._order.tolist() if handle in self._waiting]
+        if len(waits) < len(self._waiting):
+            waits += sorted(set(self._waiting.handles()).difference(waits))
+        return np.array(waits, dtype=np.int64)
+
+    def oldest_arrival_s(self) -> float | None:
+        """When the request that has waited longest arrived; None where none waits."""
+        return self._waiting.smallest("arrival_at_s")
 
     def forecast(self, spec: RequestSpec) -> LengthForecast:
         """The output length this request would be planned with."""
