@@ -29,8 +29,8 @@ from lmdeploy_slo.scheduling.row_table import RowTable
 
 @dataclass(frozen=True, slots=True)
 class Dispatch:
-    """A request that goes to the engine now; `rank` is its place in the plan, smaller first, `row` a record of ROW_DTYPE,
-    as it was planned with."""
+    """A request that goes to the engine now; `rank` is its place in the plan, smaller first, `row` what it was
+    planned with (a record of ROW_DTYPE)."""
 
     handle: int
     rank: int
