@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from lmdeploy_slo.core.latency_model import BilinearModel, StepModel
+from lmdeploy_slo.core.model_range import ModelRange
 from lmdeploy_slo.errors import ConfigError
-from lmdeploy_slo.prediction.profiles import load_profile, profile_names
+from lmdeploy_slo.prediction.profile_format import FORMAT, BilinearCoefficients, StepCoefficients
+from lmdeploy_slo.prediction.profiles import load_profile, profile_names, save_profile
 
 # The published table (ms): c0, p1, p2, d1, d2.
 PUBLISHED_MS = {
@@ -22,7 +27,7 @@ PUBLISHED_MS = {
 
 
 def document(**changes: Any) -> dict[str, Any]:
-    base = {"format": 1, "name": "mine", "step_ms": {"c0": 1.0, "p1": 0.1, "p2": 0.0, "d1": 0.01, "d2": 0.001}}
+    base = {"format": "2.0", "name": "mine", "step_ms": {"c0": 1.0, "p1": 0.1, "p2": 0.0, "d1": 0.01, "d2": 0.001}}
     return {**base, **changes}
 
 
@@ -33,6 +38,59 @@ def write(path: Path, content: Any) -> str:
 
 def test_shipped_profiles_are_the_published_ones() -> None:
     assert profile_names() == sorted(PUBLISHED_MS)
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED_MS))
+def test_shipped_profiles_say_what_they_rest_on(name: str) -> None:
+    profile = load_profile(name)
+    assert profile.format == FORMAT
+    assert profile.fitted_range.batch_size is not None and profile.fitted_range.batch_size[1] >= 64
+    assert profile.errors is not None
+    assert set(profile.errors.step) == set(profile.errors.bilinear) == {"prefill", "decode", "all"}
+    assert profile.errors.step["decode"].mape < 0.04
+    assert min(profile.bilinear_model.prefill + profile.bilinear_model.decode) >= 0
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED_MS))
+def test_the_file_of_a_profile_is_the_profile(name: str, tmp_path: Path) -> None:
+    profile = load_profile(name)
+    save_profile(profile, tmp_path / "copy.json")
+    assert load_profile(str(tmp_path / "copy.json")) == profile
+
+
+def test_files_of_the_first_format_are_read(tmp_path: Path) -> None:
+    profile = load_profile(write(tmp_path / "old.json", document(format=1)))
+    assert profile.format == FORMAT
+    assert profile.step_model.c0 == pytest.approx(1e-3)
+    assert profile.fitted_range == ModelRange()
+    with pytest.raises(ConfigError, match="mine: it has no bilinear model"):
+        _ = profile.bilinear_model
+
+
+def test_what_a_later_minor_version_adds_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    newer = document(format="2.9", weather="fine", range={"batch_size": [1, 4], "moon": [0, 1]})
+    profile = load_profile(write(tmp_path / "newer.json", newer))
+    assert profile.fitted_range.batch_size == (1, 4)
+    assert "not read: range.moon, weather" in caplog.text or "not read: weather, range.moon" in caplog.text
+    broken = write(tmp_path / "broken.json", {**newer, "step_ms": {}})
+    with pytest.raises(ConfigError, match=r"step_ms\.c0: Field required"):
+        load_profile(broken)
+
+
+@given(st.builds(StepModel, *(st.floats(0, 10) for _ in range(5))))
+def test_coefficients_keep_their_digits(model: StepModel) -> None:
+    assert astuple(StepCoefficients.of(model).model_s()) == pytest.approx(astuple(model), rel=1e-6, abs=0)
+
+
+@given(st.builds(BilinearModel, *(st.tuples(*(st.floats(0, 10) for _ in range(4))) for _ in range(2))))
+def test_bilinear_coefficients_keep_their_digits(model: BilinearModel) -> None:
+    kept = BilinearCoefficients.of(model).model_s()
+    assert (*kept.prefill, *kept.decode) == pytest.approx((*model.prefill, *model.decode), rel=1e-6, abs=0)
+
+
+def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be written"):
+        save_profile(load_profile("h200-qwen2.5-7b"), tmp_path / "absent" / "x.json")
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED_MS))
@@ -67,12 +125,20 @@ def test_unknown_name_lists_the_known() -> None:
     [
         ("{", "not JSON"),
         ("[]", "a JSON object is expected, this is a list"),
-        (document(format=2), "format is 2, this version reads format 1"),
-        ({"step_ms": {}}, "format is 'missing', this version reads format 1"),
+        (document(format="3.0"), """format is '3.0', this version reads "2.x" and 1"""),
+        (document(format=2), 'format is 2, this version reads "2.x" and 1'),
+        (document(format=True), "format is True, this version reads"),
+        (document(format="2"), "format is '2', this version reads"),
+        (document(format="3.0", surprise=1), "format is '3.0'"),
+        ({"step_ms": {}}, "format is missing, this version reads"),
+        (document(date="yesterday"), "date: String should match"),
+        (document(range={"batch_size": [4, 1]}), "range: Value error, batch_size must be two finite numbers"),
+        (document(bilinear_ms={"prefill": [1, 2, 3, 4], "decode": [1, 2, 3]}), "bilinear_ms.decode"),
+        (document(samples={"count": 0, "set_aside": 0, "digest": "x"}), "samples.count"),
         (document(step_ms={"c0": 1.0}), "step_ms.p1: Field required"),
         (document(step_ms={"c0": -1.0, "p1": 0, "p2": 0, "d1": 0, "d2": 0}), "step_ms.c0: Input should be greater"),
         (document(gpus="A100"), "gpus: Extra inputs are not permitted"),
-        ('{"format": 1, "name": "n", "step_ms": {"c0": NaN, "p1": 0, "p2": 0, "d1": 0, "d2": 0}}', "finite number"),
+        ('{"format": "2.0", "name": "n", "step_ms": {"c0": NaN, "p1": 0, "p2": 0, "d1": 0, "d2": 0}}', "finite number"),
     ],
 )
 def test_broken_files(tmp_path: Path, content: Any, expected: str) -> None:
