@@ -15,6 +15,7 @@ from lmdeploy_slo.engine.synthetic_tokenizer import VOCAB_SIZE, SyntheticTokeniz
 from lmdeploy_slo.errors import EngineError, EngineUnavailable
 from lmdeploy_slo.prediction.length import TaskLengthPredictor
 from lmdeploy_slo.runtime.runtime import Runtime, RuntimeOptions
+from lmdeploy_slo.scheduling.limits import Limiter
 from lmdeploy_slo.scheduling.policy import Policy
 from lmdeploy_slo.scheduling.rules import RulePolicy
 from lmdeploy_slo.scheduling.scheduler import Scheduler
@@ -169,6 +170,7 @@ def make_runtime(
     policy: Policy | None = None,
     max_queued_requests: int | None = None,
     executor: Executor | None = None,
+    limiter: Limiter | None = None,
     **options: Any,
 ) -> Runtime:
     """Arrival order, one token a delta, no gap between plans, planned inline, unless said otherwise."""
@@ -180,7 +182,8 @@ def make_runtime(
     )
     options = {"flush_interval_s": 0.0, "plan_gap_s": 0.0} | options
     policy = policy or RulePolicy("fcfs")
-    return Runtime(engine, scheduler, policy, clock, RuntimeOptions(**options), executor=executor or InlineExecutor())
+    executor = executor or InlineExecutor()
+    return Runtime(engine, scheduler, policy, clock, RuntimeOptions(**options), limiter=limiter, executor=executor)
 
 
 async def turns(count: int = 20) -> None:

@@ -11,17 +11,23 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from scripted_engine import ManualExecutor, ScriptedEngine, make_runtime, turns
 
+from lmdeploy_slo.core.clients import ClientPolicies, ClientPolicy
 from lmdeploy_slo.core.plan import Plan
 from lmdeploy_slo.core.request import EndStatus, FinishReason
 from lmdeploy_slo.core.snapshot import EngineLimits, Snapshot
 from lmdeploy_slo.engine.base import EngineEvent
-from lmdeploy_slo.errors import EngineUnavailable, RequestError
+from lmdeploy_slo.errors import EngineUnavailable, RequestError, RequestIdInUse
 from lmdeploy_slo.runtime.stream import Completion, RequestStream
+from lmdeploy_slo.scheduling.limits import Limiter, Limits
 from lmdeploy_slo.scheduling.rules import RulePolicy
 from lmdeploy_slo.testing.builders import make_request, make_slo, make_spec
 from lmdeploy_slo.testing.virtual_time import VirtualTimeLoop
 
-CAP, QUEUE = 3, 4
+CAP, QUEUE, OPEN = 3, 4, 6
+LIMITS = Limits(max_streams=OPEN, max_queued_tokens=5000, max_wait_s=5.0, queue_share=2.0)
+POLICIES = ClientPolicies(
+    by_name={"slow": ClientPolicy(tokens_per_s=500.0, max_streams=3), "wide": ClientPolicy(max_queued_requests=2)}
+)
 IDS = st.sampled_from([f"r{i}" for i in range(8)])
 
 
@@ -75,11 +81,12 @@ class Histories(RuleBasedStateMachine):
             policy=self.policy,
             executor=self.executor,
             max_queued_requests=QUEUE,
+            limiter=Limiter(LIMITS, lambda: POLICIES),
             flush_interval_s=0.01,
             plan_gap_s=0.002,
         )
         self.readers: list[Reader] = []
-        self.refused = 0
+        self.refused = self.in_use = 0
         self.next_token = 0
         self.ever_deaf = False
         self.run(self.runtime.start())
@@ -103,14 +110,18 @@ class Histories(RuleBasedStateMachine):
         deadline_s=st.none() | st.floats(0.0, 3.0),
         queue_timeout_s=st.none() | st.floats(0.01, 3.0),
         slo=st.booleans(),
+        client=st.sampled_from(["", "slow", "wide"]),
     )
-    def submit(self, request_id: str, deadline_s: float | None, queue_timeout_s: float | None, slo: bool) -> None:
+    def submit(
+        self, request_id: str, deadline_s: float | None, queue_timeout_s: float | None, slo: bool, client: str
+    ) -> None:
         now_s = self.clock.now_s()
         spec = make_spec(
             request_id,
             arrival_at_s=now_s,
             queue_timeout_s=queue_timeout_s,
             slo=make_slo(e2e_ms=1000 if slo else None),
+            client=client,
         )
         deadline_at_s = None if deadline_s is None else now_s + deadline_s
 
@@ -118,6 +129,8 @@ class Histories(RuleBasedStateMachine):
             try:
                 stream = self.runtime.submit(spec, make_request(request_id), deadline_at_s=deadline_at_s)
                 self.readers.append(Reader(stream, self.loop))
+            except RequestIdInUse:
+                self.in_use += 1
             except RequestError:
                 self.refused += 1
 
@@ -198,6 +211,14 @@ class Histories(RuleBasedStateMachine):
         load = self.runtime.load()
         ended = sum(load.ended.values())
         assert ended + load.waiting + load.in_flight == len(self.readers) + self.refused
+        assert load.refused.get("REQUEST_ID_IN_USE", 0) == self.in_use
+        assert sum(load.refused.values()) == self.refused + self.in_use
+
+    @invariant()
+    def the_limiter_counts_what_is_here(self) -> None:
+        load, counted = self.runtime.load(), self.runtime.limiter.statistics()
+        assert (counted.open, counted.queued_requests) == (load.waiting + load.in_flight, load.waiting)
+        assert counted.open <= OPEN
 
     @invariant()
     def the_engine_holds_nothing_that_has_ended(self) -> None:
@@ -225,6 +246,9 @@ class Histories(RuleBasedStateMachine):
         finished = sum(isinstance(reader.outcomes[0], Completion) for reader in self.readers)
         assert load.ended[EndStatus.FINISHED] == finished
         assert sum(load.ended.values()) == len(self.readers) + self.refused
+        counted = self.runtime.limiter.statistics()
+        assert (counted.open, counted.queued_requests, counted.queued_tokens) == (0, 0, 0)
+        assert counted.clients <= 1, "only the one with a rate is remembered"
         assert not self.runtime._leaving
         assert not self.runtime._live and not self.runtime._by_handle and not self.runtime._in_engine
         assert not [timer for timer in self.loop._scheduled if not timer.cancelled()]  # type: ignore[attr-defined]

@@ -49,6 +49,7 @@ class RequestSpec:
     expected_output_tokens: the client's hint, >= 1, None where it gave none.
     queue_timeout_s: longest wait before dispatch, None for no bound.
     priority: LMDeploy's, 0..255, 0 first: goes before whatever the policy decides. 0 for all but LMDeploy's own doors.
+    client: who sent it, as `core.clients.ClientId` reads as text; empty: nobody in particular.
     """
 
     request_id: str
@@ -64,3 +65,4 @@ class RequestSpec:
     sheddable: bool = False
     queue_timeout_s: float | None = None
     priority: int = 0
+    client: str = ""

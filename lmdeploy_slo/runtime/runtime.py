@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from lmdeploy_slo.clock import Clock
-from lmdeploy_slo.core.request import EndStatus, FinishReason, RequestSpec
+from lmdeploy_slo.core.clients import ClientId
+from lmdeploy_slo.core.request import EndStatus, FinishReason, PriorityClass, RequestSpec
 from lmdeploy_slo.core.slo import Timing
 from lmdeploy_slo.engine.base import Engine, EngineEvent, EngineRequest
 from lmdeploy_slo.errors import (
@@ -33,12 +35,14 @@ from lmdeploy_slo.errors import (
     RequestIdInUse,
     Unattainable,
 )
+from lmdeploy_slo.runtime.live import Live, RuntimeOptions
 from lmdeploy_slo.runtime.plan_loop import PlanLoop
 from lmdeploy_slo.runtime.planner import Planner
 from lmdeploy_slo.runtime.start_order import StartOrder
-from lmdeploy_slo.runtime.statistics import DispatchRate, EndCounts, RuntimeLoad
+from lmdeploy_slo.runtime.statistics import EndCounts, RuntimeLoad
 from lmdeploy_slo.runtime.stream import Completion, Encoder, RequestStream
 from lmdeploy_slo.scheduling.admission import Forecast, Outlook, unmet_objectives
+from lmdeploy_slo.scheduling.limits import Limiter, Ticket
 from lmdeploy_slo.scheduling.policy import Policy
 from lmdeploy_slo.scheduling.scheduler import Dispatch, Scheduler
 
@@ -46,44 +50,6 @@ logger = logging.getLogger(__name__)
 
 OUTLOOK_S = 0.005
 """For so long the forecasts of new requests are made from one snapshot and the requests that came since."""
-
-
-@dataclass(frozen=True, slots=True)
-class RuntimeOptions:
-    """flush_interval_s: 0 to 60, see `runtime.stream`; 0: one token a delta. plan_gap_s: 0 to 1, see
-    `runtime.plan_loop`. shed: refuse sheddable requests whose forecast breaks their SLO. instance: name
-    of the engine instance, None for "<engine>-0"."""
-
-    flush_interval_s: float = 0.007
-    plan_gap_s: float = 0.005
-    shed: bool = False
-    instance: str | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.flush_interval_s < 60:
-            raise ValueError(f"flush_interval_s must be from 0 to 60 seconds, got {self.flush_interval_s}")
-        if not 0 <= self.plan_gap_s <= 1:
-            raise ValueError(f"plan_gap_s must be from 0 to 1 second, got {self.plan_gap_s}")
-
-
-@dataclass(slots=True, eq=False)
-class _Live:
-    """A request that has not ended."""
-
-    spec: RequestSpec
-    request: EngineRequest
-    handle: int
-    stream: RequestStream
-    timing: Timing
-    predicted: Forecast
-    rank: int = -1
-    output_tokens: int = 0
-    reported_tokens: int = 0  # of them, those the scheduler knows of
-    cached_tokens: int | None = None
-    last_token_at_s: float | None = None
-    queue_timer: asyncio.TimerHandle | None = None
-    deadline_timer: asyncio.TimerHandle | None = None
-    ended: bool = False
 
 
 class Runtime:
@@ -97,14 +63,17 @@ class Runtime:
         clock: Clock,
         options: RuntimeOptions | None = None,
         *,
+        limiter: Limiter | None = None,
         executor: Executor | None = None,
     ) -> None:
-        """executor: where plans are made, one at a time; a thread of its own where None is given."""
+        """limiter: None for no limits but the scheduler's. executor: where plans are made, one at a time; a thread of
+        its own where None is given."""
         self.engine = engine
         self.scheduler = scheduler
         self.policy = policy
         self.clock = clock
         self.options = options or RuntimeOptions()
+        self.limiter = limiter or Limiter()
         self.on_serving_change: Callable[[], None] | None = None  # called when `serving` may have changed
         self._own_executor: Executor | None = None
         if executor is None:
@@ -120,15 +89,14 @@ class Runtime:
             dispatch=self._dispatch,
         )
         self._counts = EndCounts()
-        self._live: dict[str, _Live] = {}
-        self._by_handle: dict[int, _Live] = {}
-        self._in_engine: dict[str, _Live] = {}
+        self._live: dict[str, Live] = {}
+        self._by_handle: dict[int, Live] = {}
+        self._in_engine: dict[str, Live] = {}
         self._leaving: set[str] = set()  # aborted in the engine, its last event still to come
         self._last_step_at_s = 0.0
         self._started = self._draining = self._engine_lost = False
         self._empty = asyncio.Event()
         self._empty.set()
-        self._dispatch_rate = DispatchRate()
         self._outlook: Outlook | None = None
         self._outlook_until_s = 0.0
 
@@ -169,6 +137,21 @@ class Runtime:
 
     # -- requests -------------------------------------------------------------
 
+    def enter(
+        self, client: ClientId, priority_class: PriorityClass = PriorityClass.DEFAULT, *, with_slo: bool = False
+    ) -> Ticket:
+        """For a request that has come and is not read yet: a ticket for `submit`, or what is known to refuse it.
+
+        with_slo: whether it carries an objective, which it has missed where it is refused. Who gets a ticket hands it
+        to `submit` or has it leave. Raises Draining, EngineUnavailable (not started), and what `Limiter.enter` does.
+        """
+        try:
+            self._check_open()
+            return self.limiter.enter(client, self.clock.now_s(), priority_class)
+        except RequestError as refusal:
+            self._counts.refuse(refusal, with_slo)
+            raise
+
     def submit(
         self,
         spec: RequestSpec,
@@ -176,20 +159,25 @@ class Runtime:
         *,
         deadline_at_s: float | None = None,
         encode: Encoder | None = None,
+        ticket: Ticket | None = None,
     ) -> RequestStream:
         """Queues a request; `deadline_at_s` is the instant of its hard cancel, `encode` as in `RequestStream`.
 
-        Raises RequestIdInUse, Draining, EngineUnavailable (not started), QueueFull, Unattainable, DeadlineExceeded;
-        then nothing of it is kept, and it counts as rejected (or timed out).
+        ticket: from `enter`; None where it enters only now. Raises RequestIdInUse, Unattainable, DeadlineExceeded and
+        what `enter` does; then nothing of it is kept, and it counts as refused.
         """
         now_s = self.clock.now_s()
         try:
             if deadline_at_s is not None and deadline_at_s <= now_s:
                 raise DeadlineExceeded("the deadline passed before the request was read")
-            live = self._accept(spec, request, encode)
-        except RequestError as refusal:
-            status = EndStatus.TIMED_OUT if isinstance(refusal, DeadlineExceeded) else EndStatus.REJECTED
-            self._counts.count(status, False if spec.slo.has_objective else None)
+            if ticket is None:
+                ticket = self.limiter.enter(ClientId(spec.client), now_s, spec.priority_class)
+            live = self._accept(spec, request, encode, ticket)
+        except BaseException as refusal:
+            if ticket is not None:
+                ticket.leave(0, now_s)
+            if isinstance(refusal, RequestError):
+                self._counts.refuse(refusal, spec.slo.has_objective)
             raise
         loop = asyncio.get_running_loop()
         if spec.queue_timeout_s is not None:
@@ -200,10 +188,12 @@ class Runtime:
         self._plans.mark_stale()
         return live.stream
 
-    def abort(self, request_id: str) -> bool:
-        """Ends a request with `Cancelled`, waiting or running; False where none of that id is here."""
+    def abort(self, request_id: str, *, client: ClientId | None = None) -> bool:
+        """Ends a request with `Cancelled`, waiting or running; False where none of that id is here.
+
+        client: where it is given, only one of its own."""
         live = self._live.get(request_id)
-        if live is None:
+        if live is None or (client is not None and live.spec.client != str(client)):
             return False
         self._end(live, EndStatus.CANCELLED, Cancelled("aborted on request"))
         return True
@@ -221,33 +211,40 @@ class Runtime:
             waiting_prompt_tokens=queue.waiting_prompt_tokens,
             kv_usage=self.engine.load().kv_usage,
             ended=dict(self._counts.by_status),
+            refused=dict(self._counts.refused),
             with_slo=self._counts.with_slo,
             slo_met=self._counts.slo_met,
             planner=self._planner.statistics(),
             draining=self._draining,
         )
 
-    def _accept(self, spec: RequestSpec, request: EngineRequest, encode: Encoder | None) -> _Live:
-        request_id = spec.request_id
+    def _check_open(self) -> None:
         if self._draining:
             raise Draining("the server is shutting down")
         if not self._started:
             raise EngineUnavailable("the engine is not ready yet")
+
+    def _accept(self, spec: RequestSpec, request: EngineRequest, encode: Encoder | None, ticket: Ticket) -> Live:
+        request_id = spec.request_id
+        self._check_open()
         if request_id in self._live or request_id in self._leaving:
             raise RequestIdInUse(f"request_id {request_id!r} belongs to a request that has not ended")
         expected, outlook = self._expect(spec)
         if self.options.shed and spec.sheddable:
             unmet = unmet_objectives(spec.slo, expected)
             if unmet:
-                raise Unattainable("; ".join(unmet), retry_after_s=self._retry_after_s())
+                alone = Outlook.of_nobody(self.scheduler.limits, self.scheduler.model)
+                hopeless = unmet_objectives(spec.slo, alone.forecast(spec, expected.output_tokens))
+                raise Unattainable("; ".join(unmet), None if hopeless else self.limiter.retry_after_s())
+        ticket.queue(spec.prompt_tokens + math.ceil(expected.output_tokens), self.clock.now_s())
         try:
             handle = self.scheduler.add(spec)
         except QueueFull as full:
-            raise QueueFull(str(full), retry_after_s=self._retry_after_s()) from None
+            raise QueueFull(str(full), self.limiter.retry_after_s()) from None
         outlook.add(spec, expected.output_tokens)
         interval_s = self.options.flush_interval_s
         stream = RequestStream(request_id, self.clock, interval_s, lambda error: self._leave(live, error), encode)
-        live = _Live(spec, request, handle, stream, Timing(spec.arrival_at_s), expected)
+        live = Live(spec, request, handle, ticket, stream, Timing(spec.arrival_at_s), expected)
         self._live[request_id] = self._by_handle[handle] = live
         self._empty.clear()
         return live
@@ -262,9 +259,6 @@ class Runtime:
             self._outlook_until_s = now_s + OUTLOOK_S
         return self._outlook.forecast(spec, self.scheduler.forecast(spec).tokens), self._outlook
 
-    def _retry_after_s(self) -> float:
-        return self._dispatch_rate.retry_after_s(self.scheduler.statistics().waiting)
-
     # -- dispatch -------------------------------------------------------------
 
     def _dispatch(self, dispatch: Dispatch, now_s: float) -> None:
@@ -276,7 +270,7 @@ class Runtime:
         self._in_engine[live.spec.request_id] = live
         if live.queue_timer is not None:
             live.queue_timer.cancel()
-        self._dispatch_rate.note(now_s)
+        live.ticket.start(now_s)
         try:
             self.engine.submit(live.request, dispatch.rank)
             self._set_engine_lost(False)
@@ -333,12 +327,12 @@ class Runtime:
         if self.policy.wants_ticks:
             self._plans.mark_stale()
 
-    def _on_first_token(self, live: _Live, at_s: float) -> None:
+    def _on_first_token(self, live: Live, at_s: float) -> None:
         live.timing.first_token_at_s = at_s
         live.reported_tokens = live.output_tokens
         self.scheduler.on_tokens(live.handle, live.output_tokens, at_s)
 
-    def _on_last_event(self, live: _Live, event: EngineEvent, at_s: float) -> None:
+    def _on_last_event(self, live: Live, event: EngineEvent, at_s: float) -> None:
         if event.error is not None:
             self._end(live, EndStatus.FAILED, event.error, in_engine=False)
         elif event.end is None or event.end is FinishReason.ABORT:
@@ -354,16 +348,16 @@ class Runtime:
         else:  # the abort crossed with this token, or got lost; a second one does no harm
             self._abort_in_engine(event.request_id)
 
-    def _on_queue_timeout(self, live: _Live) -> None:
+    def _on_queue_timeout(self, live: Live) -> None:
         timeout_s = live.spec.queue_timeout_s or 0.0
         self._end(live, EndStatus.TIMED_OUT, QueueTimeout(f"not started within {timeout_s * 1e3:g} ms"))
 
-    def _on_deadline(self, live: _Live) -> None:
+    def _on_deadline(self, live: Live) -> None:
         self._end(live, EndStatus.TIMED_OUT, DeadlineExceeded("the deadline passed"))
 
     # -- the end --------------------------------------------------------------
 
-    def _finish(self, live: _Live, reason: FinishReason, at_s: float) -> None:
+    def _finish(self, live: Live, reason: FinishReason, at_s: float) -> None:
         timing = live.timing
         timing.output_tokens = live.output_tokens
         timing.ended_at_s = at_s if live.last_token_at_s is None else live.last_token_at_s
@@ -381,7 +375,7 @@ class Runtime:
         )
         self._end(live, EndStatus.FINISHED, completion, in_engine=False)
 
-    def _leave(self, live: _Live, error: RequestError) -> None:
+    def _leave(self, live: Live, error: RequestError) -> None:
         """The reader gave up."""
         timed_out = isinstance(error, DeadlineExceeded)
         self._end(live, EndStatus.TIMED_OUT if timed_out else EndStatus.CANCELLED, error)
@@ -391,7 +385,7 @@ class Runtime:
             self._end(live, EndStatus.FAILED, Draining("the server is shutting down"))
 
     def _end(
-        self, live: _Live, status: EndStatus, outcome: Completion | RequestError, *, in_engine: bool | None = None
+        self, live: Live, status: EndStatus, outcome: Completion | RequestError, *, in_engine: bool | None = None
     ) -> None:
         """The one place where a request ends; what comes second is ignored.
 
@@ -407,6 +401,7 @@ class Runtime:
         for timer in (live.queue_timer, live.deadline_timer):
             if timer is not None:
                 timer.cancel()
+        live.ticket.leave(live.spec.prompt_tokens + live.output_tokens, self.clock.now_s())
         live.stream.close(outcome)
         self._counts.count(status, live.spec.slo.met_by(live.timing))
         try:

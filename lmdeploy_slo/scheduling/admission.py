@@ -22,9 +22,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lmdeploy_slo.core.latency_model import StepModel
 from lmdeploy_slo.core.request import PriorityClass, RequestSpec
 from lmdeploy_slo.core.slo import Slo
-from lmdeploy_slo.core.snapshot import Rows, Snapshot
+from lmdeploy_slo.core.snapshot import ROW_DTYPE, EngineLimits, Rows, Snapshot
 from lmdeploy_slo.scheduling.rules import prefill_s
 
 
@@ -73,6 +74,12 @@ class Outlook:
         self._ahead_output_tokens = np.bincount(
             tiers, weights=waiting["output_tokens"], minlength=len(PriorityClass)
         ).tolist()
+
+    @classmethod
+    def of_nobody(cls, limits: EngineLimits, model: StepModel) -> Outlook:
+        """That of an engine without a request: what breaks an SLO there, no waiting will mend."""
+        nobody = np.empty(0, ROW_DTYPE)
+        return cls(Snapshot(0.0, nobody, nobody, limits, model))
 
     def add(self, spec: RequestSpec, output_tokens: float) -> None:
         """One more request waits."""

@@ -190,9 +190,15 @@ async def test_a_full_queue_says_when_to_come_back() -> None:
 async def test_a_sheddable_request_without_a_chance_is_refused() -> None:
     async with served(shed=True, batch_size=1) as server:
         server.runtime.scheduler.model = type(server.runtime.scheduler.model)(1.0, 0, 0, 0, 0)
-        error = await refusal(server.generate(sheddable=True, slo=pb.Slo(ttft_ms=5)))
-        assert (error.code(), reason(error)) == (Code.RESOURCE_EXHAUSTED, "SLO_UNATTAINABLE")
-        assert detail(error, error_details_pb2.RetryInfo) is not None
+        never = await refusal(server.generate("never", sheddable=True, slo=pb.Slo(ttft_ms=5)))
+        assert (never.code(), reason(never)) == (Code.RESOURCE_EXHAUSTED, "SLO_UNATTAINABLE")
+        assert detail(never, error_details_pb2.RetryInfo) is None
+        running, waiting = await one_running_one_waiting(server)
+        later = await refusal(server.generate("later", sheddable=True, slo=pb.Slo(ttft_ms=2500)))
+        assert (later.code(), reason(later)) == (Code.RESOURCE_EXHAUSTED, "SLO_UNATTAINABLE")
+        assert detail(later, error_details_pb2.RetryInfo) is not None
+        for call in (running, waiting):
+            call.cancel()
 
 
 async def test_a_message_beyond_the_limit_is_refused() -> None:
