@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 PROFILES = ROOT / "lmdeploy_slo/prediction/profiles"
-HEAVY = {"lmdeploy", "torch", "transformers", "ray", "matplotlib"}
+HEAVY = {"lmdeploy", "torch", "transformers", "ray", "matplotlib", "opentelemetry"}
 # What needs an extra, or pytest, and is imported only where that is there.
 NOT_BASE = (
     "lmdeploy_slo.__main__",
@@ -25,6 +25,7 @@ NOT_BASE = (
     "lmdeploy_slo.engine.lmdeploy",
     "lmdeploy_slo.engine.ray",
     "lmdeploy_slo.engine.transformers",
+    "lmdeploy_slo.observability.tracing",
     "lmdeploy_slo.offline.html_report",
     "lmdeploy_slo.offline.plots",
     "lmdeploy_slo.testing.engine_contract",
@@ -71,7 +72,7 @@ def test_dependencies_are_light(wheel: Path) -> None:
     assert not base & HEAVY
     turbomind = {r.name: str(r.specifier) for r in required if 'extra == "turbomind"' in str(r.marker)}
     assert turbomind == {"lmdeploy": "==0.18.0", "torch": ""}
-    assert set(metadata.get_all("Provides-Extra", [])) >= {"turbomind", "ray", "report", "dev"}
+    assert set(metadata.get_all("Provides-Extra", [])) >= {"turbomind", "ray", "report", "otel", "dev"}
 
 
 def test_data_is_in_the_wheel(wheel: Path) -> None:

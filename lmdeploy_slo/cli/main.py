@@ -42,6 +42,7 @@ EXTRAS = {
     "safetensors": "turbomind",
     "ray": "ray",
     "matplotlib": "report",
+    "opentelemetry": "otel",
 }
 """Optional package -> the extra that installs it."""
 

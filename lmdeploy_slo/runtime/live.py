@@ -17,18 +17,21 @@ from lmdeploy_slo.scheduling.limits import Ticket
 class RuntimeOptions:
     """flush_interval_s: 0 to 60, see `runtime.stream`; 0: one token a delta. plan_gap_s: 0 to 1, see
     `runtime.plan_loop`. shed: refuse sheddable requests whose forecast breaks their SLO. instance: name
-    of the engine instance, None for "<engine>-0"."""
+    of the engine instance, None for "<engine>-0". explain_requests: >= 0, so many that have ended can be explained."""
 
     flush_interval_s: float = 0.007
     plan_gap_s: float = 0.005
     shed: bool = False
     instance: str | None = None
+    explain_requests: int = 4096
 
     def __post_init__(self) -> None:
         if not 0 <= self.flush_interval_s < 60:
             raise ValueError(f"flush_interval_s must be from 0 to 60 seconds, got {self.flush_interval_s}")
         if not 0 <= self.plan_gap_s <= 1:
             raise ValueError(f"plan_gap_s must be from 0 to 1 second, got {self.plan_gap_s}")
+        if self.explain_requests < 0:
+            raise ValueError(f"explain_requests must not be negative, got {self.explain_requests}")
 
 
 @dataclass(slots=True, eq=False)
@@ -49,4 +52,5 @@ class Live:
     last_token_at_s: float | None = None
     queue_timer: asyncio.TimerHandle | None = None
     deadline_timer: asyncio.TimerHandle | None = None
+    traceparent: str | None = None  # its caller's, W3C Trace Context
     ended: bool = False

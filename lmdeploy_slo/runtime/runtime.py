@@ -19,8 +19,10 @@ from dataclasses import replace
 
 from lmdeploy_slo.clock import Clock
 from lmdeploy_slo.core.clients import ClientId
+from lmdeploy_slo.core.plan import Plan
 from lmdeploy_slo.core.request import EndStatus, FinishReason, PriorityClass, RequestSpec
 from lmdeploy_slo.core.slo import Timing
+from lmdeploy_slo.core.snapshot import Snapshot
 from lmdeploy_slo.engine.base import Engine, EngineEvent, EngineRequest
 from lmdeploy_slo.errors import (
     Cancelled,
@@ -35,11 +37,13 @@ from lmdeploy_slo.errors import (
     RequestIdInUse,
     Unattainable,
 )
+from lmdeploy_slo.runtime.decisions import DecisionLimits
+from lmdeploy_slo.runtime.journal import Journal
 from lmdeploy_slo.runtime.live import Live, RuntimeOptions
 from lmdeploy_slo.runtime.plan_loop import PlanLoop
 from lmdeploy_slo.runtime.planner import Planner
 from lmdeploy_slo.runtime.start_order import StartOrder
-from lmdeploy_slo.runtime.statistics import EndCounts, RuntimeLoad
+from lmdeploy_slo.runtime.statistics import RuntimeLoad
 from lmdeploy_slo.runtime.stream import Completion, Encoder, RequestStream
 from lmdeploy_slo.scheduling.admission import Forecast, Outlook, unmet_objectives
 from lmdeploy_slo.scheduling.limits import Limiter, Ticket
@@ -86,9 +90,10 @@ class Runtime:
             clock,
             self.options.plan_gap_s,
             report_progress=self._report_progress,
+            on_plan=self._on_plan,
             dispatch=self._dispatch,
         )
-        self._counts = EndCounts()
+        self.journal = Journal(scheduler, clock, DecisionLimits(requests=self.options.explain_requests))
         self._live: dict[str, Live] = {}
         self._by_handle: dict[int, Live] = {}
         self._in_engine: dict[str, Live] = {}
@@ -137,19 +142,17 @@ class Runtime:
 
     # -- requests -------------------------------------------------------------
 
-    def enter(
-        self, client: ClientId, priority_class: PriorityClass = PriorityClass.DEFAULT, *, with_slo: bool = False
-    ) -> Ticket:
+    def enter(self, client: ClientId, priority_class: PriorityClass, *, with_slo: bool) -> Ticket:
         """For a request that has come and is not read yet: a ticket for `submit`, or what is known to refuse it.
 
         with_slo: whether it carries an objective, which it has missed where it is refused. Who gets a ticket hands it
-        to `submit` or has it leave. Raises Draining, EngineUnavailable (not started), and what `Limiter.enter` does.
+        to `submit`, or has it leave. Raises Draining, EngineUnavailable (not started), and what `Limiter.enter` does.
         """
         try:
             self._check_open()
             return self.limiter.enter(client, self.clock.now_s(), priority_class)
         except RequestError as refusal:
-            self._counts.refuse(refusal, with_slo)
+            self.journal.refused(refusal, with_slo=with_slo)
             raise
 
     def submit(
@@ -160,11 +163,13 @@ class Runtime:
         deadline_at_s: float | None = None,
         encode: Encoder | None = None,
         ticket: Ticket | None = None,
+        traceparent: str | None = None,
     ) -> RequestStream:
         """Queues a request; `deadline_at_s` is the instant of its hard cancel, `encode` as in `RequestStream`.
 
-        ticket: from `enter`; None where it enters only now. Raises RequestIdInUse, Unattainable, DeadlineExceeded and
-        what `enter` does; then nothing of it is kept, and it counts as refused.
+        ticket: from `enter`; None where it enters only now. traceparent: its caller's, for traces. Raises
+        RequestIdInUse, Unattainable, DeadlineExceeded and what `enter` does; then nothing of it is kept, and it counts
+        as refused.
         """
         now_s = self.clock.now_s()
         try:
@@ -177,8 +182,9 @@ class Runtime:
             if ticket is not None:
                 ticket.leave(0, now_s)
             if isinstance(refusal, RequestError):
-                self._counts.refuse(refusal, spec.slo.has_objective)
+                self.journal.refused(refusal, spec, traceparent=traceparent)
             raise
+        live.traceparent = traceparent
         loop = asyncio.get_running_loop()
         if spec.queue_timeout_s is not None:
             wait_s = max(0.0, spec.arrival_at_s + spec.queue_timeout_s - now_s)
@@ -204,18 +210,23 @@ class Runtime:
         return self._expect(spec)[0]
 
     def load(self) -> RuntimeLoad:
-        queue = self.scheduler.statistics()
+        queue, counts, oldest_at_s = self.scheduler.statistics(), self.journal.counts, self.scheduler.oldest_arrival_s()
         return RuntimeLoad(
             waiting=queue.waiting,
             in_flight=queue.running,
             waiting_prompt_tokens=queue.waiting_prompt_tokens,
             kv_usage=self.engine.load().kv_usage,
-            ended=dict(self._counts.by_status),
-            refused=dict(self._counts.refused),
-            with_slo=self._counts.with_slo,
-            slo_met=self._counts.slo_met,
+            ended=dict(counts.by_status),
+            refused=dict(counts.refused),
+            with_slo=counts.with_slo,
+            slo_met=counts.slo_met,
             planner=self._planner.statistics(),
             draining=self._draining,
+            max_in_flight=self.scheduler.limits.max_batch_size,
+            oldest_wait_s=None if oldest_at_s is None else self.clock.now_s() - oldest_at_s,
+            output_tokens=self.journal.output_tokens + sum(live.output_tokens for live in self._in_engine.values()),
+            last_plan=self.journal.last_plan,
+            last_minute=self.journal.last_minute(),
         )
 
     def _check_open(self) -> None:
@@ -246,6 +257,7 @@ class Runtime:
         stream = RequestStream(request_id, self.clock, interval_s, lambda error: self._leave(live, error), encode)
         live = Live(spec, request, handle, ticket, stream, Timing(spec.arrival_at_s), expected)
         self._live[request_id] = self._by_handle[handle] = live
+        self.journal.accepted(live)
         self._empty.clear()
         return live
 
@@ -267,7 +279,8 @@ class Runtime:
             return
         live.rank = dispatch.rank
         live.timing.dispatched_at_s = now_s
-        self._in_engine[live.spec.request_id] = live
+        request_id = live.spec.request_id
+        self._in_engine[request_id] = live
         if live.queue_timer is not None:
             live.queue_timer.cancel()
         live.ticket.start(now_s)
@@ -280,8 +293,11 @@ class Runtime:
             self._set_engine_lost(isinstance(failure, EngineUnavailable))
             self._end(live, EndStatus.FAILED, failure, in_engine=False)
         except Exception:
-            logger.exception("the engine raised on submit of %s", live.spec.request_id)
+            logger.exception("the engine raised on submit of %s", request_id, extra={"request_id": request_id})
             self._end(live, EndStatus.FAILED, EngineError("the engine failed"), in_engine=False)
+
+    def _on_plan(self, snapshot: Snapshot, plan: Plan, dispatches: Sequence[Dispatch]) -> None:
+        self.journal.planned(snapshot, plan, dispatches, self._planner.statistics())
 
     def _set_engine_lost(self, lost: bool) -> None:
         if lost != self._engine_lost:
@@ -322,7 +338,8 @@ class Runtime:
                 else:
                     self._on_last_event(live, event, at_s)
             except Exception:  # the other requests of this step go on
-                logger.exception("an event of request %s could not be handled", event.request_id)
+                extra = {"request_id": event.request_id}
+                logger.exception("an event of request %s could not be handled", event.request_id, extra=extra)
                 self._end(live, EndStatus.FAILED, RequestError("internal error"))
         if self.policy.wants_ticks:
             self._plans.mark_stale()
@@ -403,14 +420,14 @@ class Runtime:
                 timer.cancel()
         live.ticket.leave(live.spec.prompt_tokens + live.output_tokens, self.clock.now_s())
         live.stream.close(outcome)
-        self._counts.count(status, live.spec.slo.met_by(live.timing))
         try:
             if status is EndStatus.FINISHED:
                 self.scheduler.finish(live.handle, live.output_tokens)
             else:
                 self.scheduler.drop(live.handle)
         except Exception:  # what is learnt of a request must not undo its end
-            logger.exception("the scheduler raised at the end of %s", request_id)
+            logger.exception("the scheduler raised at the end of %s", request_id, extra={"request_id": request_id})
+        self.journal.ended(live, status, outcome)
         if in_engine is None and live.timing.dispatched_at_s is not None:
             self._leaving.add(request_id)
             self._abort_in_engine(request_id)
@@ -422,5 +439,5 @@ class Runtime:
         try:
             self.engine.abort(request_id)
         except Exception:
-            logger.exception("the engine raised on abort of %s", request_id)
+            logger.exception("the engine raised on abort of %s", request_id, extra={"request_id": request_id})
             self._leaving.discard(request_id)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 from lmdeploy_slo.core.request import EndStatus
 from lmdeploy_slo.errors import DeadlineExceeded, RequestError, RequestIdInUse
+from lmdeploy_slo.runtime.last_minute import TaskCounts
+from lmdeploy_slo.runtime.observer import AppliedPlan
 from lmdeploy_slo.runtime.planner import PlannerStatistics
 
 
@@ -42,7 +44,10 @@ class EndCounts:
 @dataclass(frozen=True, slots=True)
 class RuntimeLoad:
     """waiting: accepted, not in the engine. kv_usage: 0 to 1, None where the engine does not say. refused: as in
-    EndCounts."""
+    EndCounts. max_in_flight: the cap. oldest_wait_s: since the arrival of whoever waits longest, None where nobody
+    does. output_tokens: generated since the start. last_plan: None before the first. last_minute: how requests ended,
+    by task.
+    """
 
     waiting: int
     in_flight: int
@@ -54,3 +59,13 @@ class RuntimeLoad:
     slo_met: int
     planner: PlannerStatistics
     draining: bool
+    max_in_flight: int
+    oldest_wait_s: float | None
+    output_tokens: int
+    last_plan: AppliedPlan | None
+    last_minute: Mapping[str, TaskCounts]
+
+    @property
+    def price_s(self) -> float | None:
+        """What a second of engine time is worth by the last plan, in requests met; None where it tells no price."""
+        return None if self.last_plan is None else self.last_plan.plan.quality.price_s
