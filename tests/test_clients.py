@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmdeploy_slo.core.clients import FREE, ClientId, ClientPolicies, ClientPolicy, clamp
-from lmdeploy_slo.core.request import PriorityClass
+from lmdeploy_slo.core.clients import FREE, ClientPolicies, ClientPolicy, clamp
+from lmdeploy_slo.core.request import ClientId, PriorityClass
 from lmdeploy_slo.core.slo import Slo
 from lmdeploy_slo.testing.builders import make_slo, make_spec
 

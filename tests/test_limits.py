@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from lmdeploy_slo.core.clients import ANYONE, ClientId, ClientPolicies, ClientPolicy
-from lmdeploy_slo.core.request import PriorityClass
+from lmdeploy_slo.core.clients import ClientPolicies, ClientPolicy
+from lmdeploy_slo.core.request import ANYONE, ClientId, PriorityClass
 from lmdeploy_slo.errors import ClientQueueFull, Overloaded, QueueFull, RateLimited, Rejected, TooManyStreams
 from lmdeploy_slo.scheduling.limits import MAX_IDLE_CLIENTS, Limiter, Limits, Ticket
 

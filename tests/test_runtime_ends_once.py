@@ -13,7 +13,7 @@ from scripted_engine import ManualExecutor, ScriptedEngine, make_runtime, turns
 
 from lmdeploy_slo.core.clients import ClientPolicies, ClientPolicy
 from lmdeploy_slo.core.plan import Plan
-from lmdeploy_slo.core.request import EndStatus, FinishReason
+from lmdeploy_slo.core.request import ClientId, EndStatus, FinishReason
 from lmdeploy_slo.core.snapshot import EngineLimits, Snapshot
 from lmdeploy_slo.engine.base import EngineEvent
 from lmdeploy_slo.errors import EngineUnavailable, RequestError, RequestIdInUse
@@ -121,7 +121,7 @@ class Histories(RuleBasedStateMachine):
             arrival_at_s=now_s,
             queue_timeout_s=queue_timeout_s,
             slo=make_slo(e2e_ms=1000 if slo else None),
-            client=client,
+            client=ClientId(client),
         )
         deadline_at_s = None if deadline_s is None else now_s + deadline_s
 

@@ -9,29 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from lmdeploy_slo.core.request import PriorityClass, RequestSpec
+from lmdeploy_slo.core.request import ClientId, PriorityClass, RequestSpec
 from lmdeploy_slo.core.slo import NO_SLO, Slo
 
 BURST_S = 10.0
 """An unset `burst_tokens` is what the rate gives in so many seconds."""
-
-
-@dataclass(frozen=True, slots=True)
-class ClientId:
-    """A client, as it is counted.
-
-    name: its token's or certificate's, or its own claim where nothing is checked; empty: nobody in particular.
-    user: whom it asks for, where its policy lets it name users; each is a client of its own.
-    """
-
-    name: str = ""
-    user: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.name}/{self.user}" if self.user else self.name
-
-
-ANYONE = ClientId()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +55,10 @@ FREE = ClientPolicy()
 
 @dataclass(frozen=True, slots=True)
 class ClientPolicies:
-    """The policy of each client. A user that a client names has an entry `NAME/USER`, or that of NAME."""
+    """The policy of each client. A user that a client names has an entry `NAME/USER`, or that of NAME.
+
+    Where nobody's name is checked, names are claims, and sort those alone who are honest.
+    """
 
     default: ClientPolicy = FREE
     by_name: Mapping[str, ClientPolicy] = field(default_factory=dict)
@@ -84,6 +69,13 @@ class ClientPolicies:
             if own is not None:
                 return own
         return self.by_name.get(client.name, self.default)
+
+    def client_of(self, name: str | None, fairness_id: str) -> ClientId:
+        """Whom a request is counted to: who was recognised, and the user it asks for where it may name users; what the
+        request says itself counts only where nobody is (`name` is None)."""
+        if name is None:
+            return ClientId(fairness_id)
+        return ClientId(name, fairness_id if self.of(ClientId(name)).names_users else "")
 
 
 def clamp(spec: RequestSpec, policy: ClientPolicy) -> tuple[RequestSpec, tuple[str, ...]]:

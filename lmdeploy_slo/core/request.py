@@ -41,6 +41,25 @@ class FinishReason(str, Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class ClientId:
+    """A client, as it is counted.
+
+    name: its token's or certificate's, or its own claim where nothing is checked; empty: nobody in particular.
+    user: whom it asks for, where its policy lets it name users; each is a client of its own.
+    """
+
+    name: str = ""
+    user: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}/{self.user}" if self.user else self.name
+
+
+ANYONE = ClientId()
+"""Who did not say."""
+
+
+@dataclass(frozen=True, slots=True)
 class RequestSpec:
     """One request as the scheduler sees it on arrival.
 
@@ -49,7 +68,7 @@ class RequestSpec:
     expected_output_tokens: the client's hint, >= 1, None where it gave none.
     queue_timeout_s: longest wait before dispatch, None for no bound.
     priority: LMDeploy's, 0..255, 0 first: goes before whatever the policy decides. 0 for all but LMDeploy's own doors.
-    client: who sent it, as `core.clients.ClientId` reads as text; empty: nobody in particular.
+    client: who sent it.
     """
 
     request_id: str
@@ -65,4 +84,4 @@ class RequestSpec:
     sheddable: bool = False
     queue_timeout_s: float | None = None
     priority: int = 0
-    client: str = ""
+    client: ClientId = ANYONE

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import ParamSpec, TypeVar
 
 from lmdeploy_slo.clock import Clock
-from lmdeploy_slo.core.clients import ClientId
 from lmdeploy_slo.core.plan import Plan
 from lmdeploy_slo.core.request import EndStatus, RequestSpec
 from lmdeploy_slo.core.snapshot import Snapshot
@@ -167,11 +166,11 @@ class Journal:
 
     # -- questions ------------------------------------------------------------
 
-    def explain(self, request_id: str, client: ClientId | None = None) -> Explanation | None:
-        """Why the request waited; None where nothing of it is remembered. client: where it is given, only one of its
-        own."""
+    def explain(self, request_id: str, *, of: str | None = None) -> Explanation | None:
+        """Why the request waited; None where nothing of it is remembered. of: only one of the client of this name, or
+        of its users; None: anybody's."""
         told = self._decisions.explain(request_id, self._clock.now_s())
-        return told if told is None or client is None or told.spec.client == str(client) else None
+        return told if told is None or of in (None, told.spec.client.name) else None
 
     def last_minute(self) -> dict[str, TaskCounts]:
         """By task."""

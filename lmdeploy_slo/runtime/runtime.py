@@ -18,9 +18,8 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 
 from lmdeploy_slo.clock import Clock
-from lmdeploy_slo.core.clients import ClientId
 from lmdeploy_slo.core.plan import Plan
-from lmdeploy_slo.core.request import EndStatus, FinishReason, PriorityClass, RequestSpec
+from lmdeploy_slo.core.request import ClientId, EndStatus, FinishReason, PriorityClass, RequestSpec
 from lmdeploy_slo.core.slo import Timing
 from lmdeploy_slo.core.snapshot import Snapshot
 from lmdeploy_slo.engine.base import Engine, EngineEvent, EngineRequest
@@ -176,7 +175,7 @@ class Runtime:
             if deadline_at_s is not None and deadline_at_s <= now_s:
                 raise DeadlineExceeded("the deadline passed before the request was read")
             if ticket is None:
-                ticket = self.limiter.enter(ClientId(spec.client), now_s, spec.priority_class)
+                ticket = self.limiter.enter(spec.client, now_s, spec.priority_class)
             live = self._accept(spec, request, encode, ticket)
         except BaseException as refusal:
             if ticket is not None:
@@ -194,12 +193,12 @@ class Runtime:
         self._plans.mark_stale()
         return live.stream
 
-    def abort(self, request_id: str, *, client: ClientId | None = None) -> bool:
+    def abort(self, request_id: str, *, of: str | None = None) -> bool:
         """Ends a request with `Cancelled`, waiting or running; False where none of that id is here.
 
-        client: where it is given, only one of its own."""
+        of: only one of the client of this name, or of its users; None: anybody's."""
         live = self._live.get(request_id)
-        if live is None or (client is not None and live.spec.client != str(client)):
+        if live is None or of not in (None, live.spec.client.name):
             return False
         self._end(live, EndStatus.CANCELLED, Cancelled("aborted on request"))
         return True

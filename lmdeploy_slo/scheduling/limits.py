@@ -24,8 +24,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lmdeploy_slo.core.clients import ClientId, ClientPolicies, ClientPolicy, nearest_class
-from lmdeploy_slo.core.request import PriorityClass
+from lmdeploy_slo.core.clients import ClientPolicies, ClientPolicy, nearest_class
+from lmdeploy_slo.core.request import ClientId, PriorityClass
 from lmdeploy_slo.errors import ClientQueueFull, Overloaded, QueueFull, RateLimited, Rejected, TooManyStreams
 
 MAX_IDLE_CLIENTS = 4096
@@ -89,6 +89,10 @@ class Ticket:
     def client(self) -> ClientId:
         return self._client.id
 
+    def check(self, tokens: int, now_s: float) -> None:
+        """Raises Rejected where it could not queue with so many tokens now."""
+        self._limiter._check(self, self._client, tokens, now_s)
+
     def queue(self, tokens: int, now_s: float) -> None:
         """It waits for the engine from now on; `tokens` >= 1. Raises Rejected, and then still has to leave."""
         self._limiter._queue(self, self._client, tokens, now_s)
@@ -111,7 +115,7 @@ class Limiter:
     def __init__(self, limits: Limits | None = None, policies: Callable[[], ClientPolicies] = ClientPolicies) -> None:
         """policies: called for each request, so that they may change."""
         self.limits = limits or Limits()
-        self._policies = policies
+        self.policies = policies
         self._clients: dict[ClientId, _Client] = {}
         self._idle: OrderedDict[ClientId, None] = OrderedDict()
         self._open = 0
@@ -121,12 +125,17 @@ class Limiter:
         self._last_start_at_s = 0.0
         self._gap_s: float | None = None  # recent mean time between dispatches while something waited
 
-    def policy_of(self, client: ClientId) -> ClientPolicy:
-        return self._policies().of(client)
-
-    def enter(self, client: ClientId, now_s: float, priority_class: PriorityClass = PriorityClass.DEFAULT) -> Ticket:
-        """A request came in. Raises TooManyStreams, RateLimited, QueueFull, ClientQueueFull or Overloaded."""
-        policy = self._policies().of(client)
+    def enter(
+        self,
+        client: ClientId,
+        now_s: float,
+        priority_class: PriorityClass = PriorityClass.DEFAULT,
+        *,
+        queues: bool = True,
+    ) -> Ticket:
+        """A request came in. Raises TooManyStreams and RateLimited, and where it is to queue, QueueFull,
+        ClientQueueFull and Overloaded."""
+        policy = self.policies().of(client)
         known = self._clients.get(client) or _Client(client)
         ticket = Ticket(self, known, policy, nearest_class(priority_class, policy.classes))
         most, own_most = self.limits.max_streams, policy.max_streams
@@ -135,7 +144,10 @@ class Limiter:
         if own_most is not None and known.open >= own_most:
             text = f"{known.open} requests of this client are open, the limit is {own_most}"
             raise TooManyStreams(text, self.retry_after_s())
-        self._check(ticket, known, 0, now_s)
+        if queues:
+            self._check(ticket, known, 0, now_s)
+        else:
+            self._check_rate(policy, known, now_s)
         self._clients[client] = known
         self._idle.pop(client, None)
         known.open += 1
@@ -253,7 +265,7 @@ class Limiter:
         """Clients that left first and are as new, and those beyond what is kept."""
         while self._idle:
             first = next(iter(self._idle))
-            left = self._fill(self._clients[first], self._policies().of(first), now_s)
+            left = self._fill(self._clients[first], self.policies().of(first), now_s)
             if left is not None and len(self._idle) <= MAX_IDLE_CLIENTS:
                 return
             del self._idle[first]
