@@ -39,8 +39,8 @@ class CalibrationStatistics:
     needed lately. relative_error, bias: running means of |expected - seen| / expected and of (seen - expected) /
     expected, of forecasts made before each window was seen. windows: observed; dropped: those whose work could not be
     known. updates: of the coefficients, over all runs. drifting: the error has passed `DRIFT` and is not yet back below
-    `NO_DRIFT`; drifts: how often it passed. learning: whether the model is refined at all. failures: anything but 0 is a
-    defect."""
+    `NO_DRIFT`; drifts: how often it passed. learning: whether the model is refined at all. failures: of the code here,
+    anything but 0 is a defect."""
 
     model: StepModel
     profile: StepModel
