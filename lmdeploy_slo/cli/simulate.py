@@ -49,6 +49,10 @@ def simulate(
     planner_scale: options.PlannerScale = 1.0,
     plan_evaluations: options.PlanEvaluations = PLAN_EVALUATIONS,
     plan_latency_ms: options.PlanLatencyMs = PLAN_LATENCY_S * 1e3,
+    calibrate: options.Calibrate = False,
+    drift_at: options.DriftAt = None,
+    drift_scale: options.DriftScale = "1.3",
+    drift_told: options.DriftTold = False,
     json_out: Annotated[Path | None, typer.Option("--json", metavar="OUT", help="Write the result file.")] = None,
     requests_out: Annotated[
         Path | None,
@@ -86,6 +90,8 @@ def simulate(
         prefix_cache_tokens=prefix_cache_tokens,
         plan_evaluations=plan_evaluations,
         plan_latency_ms=plan_latency_ms,
+        calibrate=calibrate,
+        drift=options.read_drift(drift_at, drift_scale, told=drift_told),
     )
     runs = [(name, factor) for factor in speedups for name in policies]
     request_files = [requests_out and request_file(requests_out, *run, several=len(runs) > 1) for run in runs]
@@ -126,6 +132,10 @@ def simulate(
     console.print(runs_table(results))
     for text in remarks:
         console.print(text, markup=False, highlight=False)
+    for (name, factor), outcome in zip(runs, outcomes, strict=True):
+        for number, text in enumerate(_forecasts(outcome, drifted=fleet.drift is not None)):
+            instance = f" instance {number}" if instances > 1 else ""
+            console.print(f"{name} x{factor:g}{instance}: {text}", markup=False, highlight=False, soft_wrap=True)
     if report is not None:
         settings = {
             "traces": ", ".join(traces),
@@ -145,6 +155,10 @@ def simulate(
             "planner's profile": planner_profile or profile,
             "planner's scale": f"{planner_scale:g}",
             "planning budget": f"{plan_evaluations} evaluations, {plan_latency_ms:g} ms",
+            "calibration": "on" if calibrate else "off",
+            "engines change": "never"
+            if drift_at is None
+            else f"after {drift_at:g} s by {drift_scale}{', the planner is told' if drift_told else ''}",
             "version": __version__,
         }
         page = _write_page(report, runs, outcomes, settings)
@@ -210,3 +224,17 @@ def _remark(outcome: Outcome, elapsed_s: float) -> str:
         "" if outcome.prefix_hit_ratio is None else f"{outcome.prefix_hit_ratio:.1%} of prompt tokens cached",
     )
     return ", ".join(part for part in parts if part)
+
+
+def _forecasts(outcome: Outcome, *, drifted: bool) -> Iterator[str]:
+    """How right the forecasts of each instance's steps were, where that was watched."""
+    for statistics, recovery in zip(outcome.calibrations, outcome.recoveries, strict=True):
+        text = f"steps took {statistics.slowness:.3g} times what the profile says" if statistics.learning else ""
+        text += f"{', ' if text else ''}forecasts of them are {statistics.relative_error:.2%} off"
+        if drifted:
+            text += (
+                ", not back within 5 %"
+                if recovery is None
+                else f", back within 5 % after {recovery} requests that finished"
+            )
+        yield text

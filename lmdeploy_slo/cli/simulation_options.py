@@ -16,11 +16,14 @@ from lmdeploy_slo.config import ENV_TRACES_DIR, Config, traces_dir
 from lmdeploy_slo.core.snapshot import EngineLimits
 from lmdeploy_slo.errors import ConfigError
 from lmdeploy_slo.offline.experiment import Fleet
+from lmdeploy_slo.offline.simulation.drift import Drift
 from lmdeploy_slo.offline.traces import TraceRow, read_traces
 from lmdeploy_slo.prediction.profiles import load_profile
 from lmdeploy_slo.scheduling.policy import policy_names
 
 DEFAULTS = Config()
+
+COEFFICIENTS = ("c0", "p1", "p2", "d1", "d2")
 
 T = TypeVar("T")
 
@@ -87,6 +90,27 @@ PlannerProfile = Annotated[
     typer.Option(metavar="NAME|FILE", help="What the planner believes of the engine; default: the truth."),
 ]
 PlannerScale = Annotated[float, typer.Option(metavar="X", help="Multiplies the coefficients the planner believes.")]
+Calibrate = Annotated[
+    bool,
+    typer.Option(
+        "--calibrate/--no-calibrate",
+        help="Refine what the planner believes by what the steps took and what the prefix cache held, as serve does.",
+    ),
+]
+DriftAt = Annotated[
+    float | None,
+    typer.Option(metavar="S", min=0.0, help="The engines change this many seconds after the start, in silence."),
+]
+DriftScale = Annotated[
+    str,
+    typer.Option(
+        metavar="X|C0,P1,P2,D1,D2",
+        help="With --drift-at: multiplies all coefficients of the engines, or each by its own factor.",
+    ),
+]
+DriftTold = Annotated[
+    bool, typer.Option("--drift-told", help="With --drift-at: the planner is told at once, as a yardstick.")
+]
 PlanEvaluations = Annotated[
     int, typer.Option(metavar="N", min=1, help="Planning budget: plans scored in one search, at most.")
 ]
@@ -113,6 +137,8 @@ def build_fleet(
     prefix_cache_tokens: int | None,
     plan_evaluations: int,
     plan_latency_ms: float,
+    calibrate: bool = False,
+    drift: Drift | None = None,
 ) -> Fleet:
     """The engines the options describe; raises ConfigError."""
     model = load_profile(profile).step_model
@@ -127,7 +153,29 @@ def build_fleet(
         prefix_cache_tokens=prefix_cache_tokens,
         plan_evaluations=plan_evaluations,
         plan_latency_s=plan_latency_ms / 1e3,
+        calibrate=calibrate,
+        drift=drift,
     )
+
+
+def read_drift(at_s: float | None, scale: str, *, told: bool) -> Drift | None:
+    """The change of the engines the options describe, None for none; raises ConfigError."""
+    if at_s is None:
+        if told:
+            raise ConfigError("--drift-told: there is nothing to tell without --drift-at")
+        return None
+    try:
+        factors = [float(part) for part in scale.split(",")]
+    except ValueError:
+        raise ConfigError(f"--drift-scale: cannot read {scale!r}") from None
+    if len(factors) == 1:
+        factors *= len(COEFFICIENTS)
+    if len(factors) != len(COEFFICIENTS) or not all(0 < factor < float("inf") for factor in factors):
+        raise ConfigError(
+            f"--drift-scale: one positive number or five, for {', '.join(COEFFICIENTS)}, are expected, got {scale!r}"
+        )
+    c0, p1, p2, d1, d2 = factors
+    return Drift(at_s, (c0, p1, p2, d1, d2), told)
 
 
 def split_list(option: str, text: str, convert: Callable[[str], T]) -> list[T]:

@@ -13,10 +13,12 @@ from lmdeploy_slo.core.latency_model import StepModel
 from lmdeploy_slo.core.metrics import RequestRecord, summarize
 from lmdeploy_slo.core.slo import Slo
 from lmdeploy_slo.core.snapshot import EngineLimits
+from lmdeploy_slo.offline.simulation.drift import Drift
 from lmdeploy_slo.offline.simulation.requests import simulated_requests
 from lmdeploy_slo.offline.simulator import PLAN_EVALUATIONS, PLAN_LATENCY_S, Simulator
 from lmdeploy_slo.offline.traces import TraceRow
 from lmdeploy_slo.offline.workload import OfferedRequest, build_workload
+from lmdeploy_slo.prediction.calibration import CalibrationStatistics
 from lmdeploy_slo.scheduling.policy import Policy, SearchBudget, make_policy
 
 
@@ -36,7 +38,7 @@ class Fleet:
     """What serves it: `instances` engines that are alike.
 
     model: the engines' true coefficients; planner_model: what the planner believes. plan_evaluations: the planning
-    budget, >= 1; plan_latency_s: the time charged for a plan, >= 0.
+    budget, >= 1; plan_latency_s: the time charged for a plan, >= 0. calibrate, drift: see `Simulator`.
     """
 
     model: StepModel
@@ -46,11 +48,17 @@ class Fleet:
     prefix_cache_tokens: int | None = None
     plan_evaluations: int = PLAN_EVALUATIONS
     plan_latency_s: float = PLAN_LATENCY_S
+    calibrate: bool = False
+    drift: Drift | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a run. run: as in a result file; the rest is for people."""
+    """What came of a run. run: as in a result file; the rest is for people.
+
+    calibrations: of each instance, where forecasts were watched. recoveries: beside them, the requests that finished
+    after the drift until forecasts were right to 5 % and stayed so; None where they never were, or nothing drifted.
+    """
 
     run: dict[str, Any]
     records: list[RequestRecord]
@@ -58,6 +66,8 @@ class Outcome:
     evaluations: int
     evictions: int
     prefix_hit_ratio: float | None  # cached / all prompt tokens; None without a prefix cache
+    calibrations: tuple[CalibrationStatistics, ...] = ()
+    recoveries: tuple[int | None, ...] = ()
 
 
 def offered_requests(rows: Sequence[TraceRow], load: Load, seed: int) -> list[OfferedRequest]:
@@ -98,6 +108,8 @@ def run_once(
         plan_latency_s=fleet.plan_latency_s,
         instances=fleet.instances,
         prefix_cache_tokens=fleet.prefix_cache_tokens,
+        calibrate=fleet.calibrate,
+        drift=fleet.drift,
     )
     records = simulator.run(simulated_requests(offered_requests(rows, load, seed)), on_progress)
     return Outcome(
@@ -107,4 +119,6 @@ def run_once(
         simulator.evaluations,
         simulator.evictions,
         simulator.prefix_hit_ratio,
+        tuple(i.calibration.statistics() for i in simulator.instances if i.calibration is not None),
+        tuple(i.recovery and i.recovery.requests for i in simulator.instances if i.calibration is not None),
     )

@@ -17,6 +17,7 @@ from lmdeploy_slo.core.latency_model import StepModel
 from lmdeploy_slo.core.metrics import RequestRecord
 from lmdeploy_slo.core.snapshot import EngineLimits
 from lmdeploy_slo.engine.batch import PersistentBatch
+from lmdeploy_slo.offline.simulation.drift import Drift
 from lmdeploy_slo.offline.simulation.instance import NEVER_S, Instance
 from lmdeploy_slo.offline.simulation.prefix_cache import PrefixCache
 from lmdeploy_slo.offline.simulation.requests import SimulatedRequest
@@ -41,6 +42,8 @@ class Simulator:
     limits: of each instance. lengths: the length predictor, shared by all instances (default: the project's own).
     plan_latency_s: virtual seconds from a snapshot to its plan being applied, >= 0.
     prefix_cache_tokens: size of each instance's prefix cache; None for none.
+    calibrate: what the scheduler believes is refined by what the steps took, as in `serve`. drift: how the engines
+    change in mid-run.
     jump: False takes every step by itself; slower, with equal results.
     """
 
@@ -55,6 +58,8 @@ class Simulator:
         plan_latency_s: float = PLAN_LATENCY_S,
         instances: int = 1,
         prefix_cache_tokens: int | None = None,
+        calibrate: bool = False,
+        drift: Drift | None = None,
         jump: bool = True,
     ) -> None:
         if instances < 1:
@@ -73,6 +78,8 @@ class Simulator:
                 self._records,
                 plan_latency_s=plan_latency_s,
                 prefix_cache=None if prefix_cache_tokens is None else PrefixCache(prefix_cache_tokens),
+                calibrate=calibrate,
+                drift=drift,
                 jump=jump,
             )
             for number in range(instances)

@@ -13,6 +13,8 @@ nothing.
 Steps. A stretch of pure decode in which nothing can happen is one event, and cut where something comes in between. Its
 instants are those of the closed form counted from the first step of the stretch, also where each step is taken by
 itself: jumping changes no result, not by the last bit.
+
+Calibration. What the runtime tells it of real tokens it is told here of simulated ones, step by step.
 """
 
 from __future__ import annotations
@@ -25,8 +27,10 @@ from lmdeploy_slo.core.plan import Plan
 from lmdeploy_slo.core.request import EndStatus
 from lmdeploy_slo.core.slo import Timing
 from lmdeploy_slo.engine.batch import PersistentBatch, Sequence
+from lmdeploy_slo.offline.simulation.drift import Drift, Recovery
 from lmdeploy_slo.offline.simulation.prefix_cache import PrefixCache
 from lmdeploy_slo.offline.simulation.requests import SimulatedRequest
+from lmdeploy_slo.prediction.calibration import Calibration
 from lmdeploy_slo.scheduling.policy import Policy
 from lmdeploy_slo.scheduling.rules import REFERENCE_BATCH
 from lmdeploy_slo.scheduling.scheduler import Scheduler
@@ -55,6 +59,8 @@ class _Flight:
 class Instance:
     """See the module. `records` takes one entry per request when it ends.
 
+    calibrate: refines the scheduler's model by what the steps took. drift: a change of the engine in mid-run; then the
+    error of forecasts is watched also where nothing refines them.
     jump: False takes every step by itself, with equal results.
     """
 
@@ -67,6 +73,8 @@ class Instance:
         *,
         plan_latency_s: float,
         prefix_cache: PrefixCache | None = None,
+        calibrate: bool = False,
+        drift: Drift | None = None,
         jump: bool = True,
     ) -> None:
         self.policy = policy
@@ -83,6 +91,19 @@ class Instance:
         self._wants_ticks = policy.wants_ticks
         self._flights: dict[int, _Flight] = {}  # by handle
         self._waiting = 0
+        self.calibration: Calibration | None = None
+        if calibrate or (drift is not None and not drift.told):
+            self.calibration = Calibration(
+                scheduler.model,
+                batch.limits,
+                progress=self._tokens_of,
+                on_model=self._believe,
+                learning=calibrate,
+                quiet=True,
+            )
+        self.recovery: Recovery | None = None  # from the drift on
+        self._drift = drift
+        self._drift_at_s = NEVER_S if drift is None else drift.at_s
         # planning
         self._plan_at_s = NEVER_S  # when the next snapshot is taken
         self._plan: Plan | None = None  # made, not applied
@@ -110,10 +131,12 @@ class Instance:
 
     def advance(self, now_s: float) -> None:
         """Everything that is due by `now_s`, which is no later than the next event. `settle` comes after."""
-        if self._stretch and (self._step_ends_s <= now_s or self._plan_ready_s <= now_s):
+        if self._stretch and min(self._step_ends_s, self._plan_ready_s, self._drift_at_s) <= now_s:
             self._cut_stretch(now_s)
         if self._step_ends_s <= now_s:
             self._end_step(now_s)
+        if self._drift_at_s <= now_s:
+            self._change_engine()
         if self._plan_ready_s <= now_s:
             self._apply_plan(now_s)
         if self._replan_at_s <= now_s:
@@ -123,6 +146,8 @@ class Instance:
     def arrive(self, request: SimulatedRequest, now_s: float) -> None:
         """Takes a request at its arrival; `advance` was called for the same instant."""
         scheduler, spec = self.scheduler, request.spec
+        if self._stretch and self.calibration is not None:  # what it has shown by now is known by now
+            self._cut_stretch(now_s)
         timing = Timing(spec.arrival_at_s)
         forecast = scheduler.forecast(spec)
         kv_tokens = self.batch.limits.kv_tokens
@@ -145,7 +170,9 @@ class Instance:
             self._begin_step(now_s, jump=self._jump)
         if self._plan_at_s <= now_s:
             self._prepare_plan(now_s)
-        self.next_event_s = min(self._step_ends_s, self._plan_at_s, self._plan_ready_s, self._replan_at_s)
+        self.next_event_s = min(
+            self._step_ends_s, self._plan_at_s, self._plan_ready_s, self._replan_at_s, self._drift_at_s
+        )
 
     # -- planning -------------------------------------------------------------
 
@@ -189,6 +216,8 @@ class Instance:
             flight.timing.dispatched_at_s = now_s
             flight.sequence = self._sequence(flight.request, dispatch.handle)
             self.batch.submit(flight.sequence)
+            if self.calibration is not None:
+                self.calibration.sent(dispatch.handle, flight.sequence.prompt_tokens, 0.0, now_s)
             self._waiting -= 1
         if plan.replan_after_s is not None:
             self._replan_at_s = now_s + max(0.0, plan.replan_after_s)
@@ -260,8 +289,14 @@ class Instance:
         """
         stretch, self._stretch = self._stretch, 0
         done = stretch if self._step_ends_s <= now_s else self._steps_by(now_s, stretch)
-        self.batch.skip_steps(done)
-        self._anchor_steps += done
+        if self.calibration is None:
+            self.batch.skip_steps(done)
+            self._anchor_steps += done
+        else:
+            for _ in range(done):
+                self.batch.skip_steps(1)
+                self._anchor_steps += 1
+                self.calibration.step(self._instant(0), self.batch.decoding)
         self._step_ends_s = NEVER_S
         if self._instant(0) < now_s:
             self.batch.begin_step()
@@ -282,9 +317,11 @@ class Instance:
         self._step_ends_s = NEVER_S
         batch, scheduler = self.batch, self.scheduler
         pure = not batch.prefills_now
+        decoded = batch.decoding
         changed = batch.end_step(every_token=False)
         if pure:
             self._anchor_steps += 1
+        recomputed = 0
         if changed:
             self._tell_progress()
             for sequence, last in changed:
@@ -292,13 +329,18 @@ class Instance:
                 flight = self._flights[handle]
                 if flight.timing.first_token_at_s is None:
                     flight.timing.first_token_at_s = now_s
+                    if self.calibration is not None:
+                        self.calibration.first_token(handle, 1, sequence.cached_tokens)
                     if self.prefix_cache is not None:
                         self.prefix_cache.insert(flight.request.prefix_blocks)
                 if last:
                     self._finish(flight, now_s)
                 else:
-                    self._recomputing.discard(handle)
                     scheduler.on_tokens(handle, 1, now_s)
+                recomputed += handle in self._recomputing
+                self._recomputing.discard(handle)
+        if self.calibration is not None:
+            self.calibration.step(now_s, decoded + recomputed)
         if self._wants_ticks:
             self._ask(now_s, at_once=True)
 
@@ -311,6 +353,26 @@ class Instance:
             if flight.sequence is not None and flight.sequence.emitted and flight.sequence.joined_at < 0
         }
 
+    # -- a changing engine ----------------------------------------------------
+
+    def _tokens_of(self, handle: int) -> int:
+        sequence = self._flights[handle].sequence
+        assert sequence is not None
+        return self.batch.emitted_of(sequence)
+
+    def _believe(self, model: StepModel) -> None:
+        self.scheduler.model = model
+
+    def _change_engine(self) -> None:
+        """From the next step on; the one that runs was begun as it was."""
+        drift, self._drift, self._drift_at_s = self._drift, None, NEVER_S
+        assert drift is not None
+        self.batch.model = drift.of(self.batch.model)
+        self._anchor_batch = -1
+        self.recovery = Recovery()
+        if drift.told:
+            self.scheduler.model = drift.of(self.scheduler.model)
+
     # -- ends -----------------------------------------------------------------
 
     def _finish(self, flight: _Flight, now_s: float) -> None:
@@ -318,9 +380,12 @@ class Instance:
         assert sequence is not None
         flight.timing.output_tokens = sequence.output_tokens
         del self._flights[flight.handle]
-        self._recomputing.discard(flight.handle)
         self.outstanding_s = self.outstanding_s - flight.work_s if self._flights else 0.0
         self.scheduler.finish(flight.handle, sequence.output_tokens)
+        if self.calibration is not None:
+            self.calibration.left(flight.handle, sequence.output_tokens, finished=True)
+            if self.recovery is not None:
+                self.recovery.finished(self.calibration.statistics())
         self._record(flight.request, flight.timing, now_s, EndStatus.FINISHED, flight.predicted_output_tokens)
         self._ask(now_s, at_once=True)
 
