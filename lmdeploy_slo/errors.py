@@ -7,6 +7,7 @@
     +-- RequestError           one request ends with this; `reason` is its stable machine-readable name
         +-- InvalidRequest     the client's fault: names each field and the limit it broke
         +-- ModelNotFound      it names a model that is not served here
+        +-- RequestNotFound    a question about a request that nothing is remembered of
         +-- RequestIdInUse     its id belongs to a request that has not ended
         +-- Unauthenticated    the caller did not show who it is
         +-- PermissionDenied   the caller is known, and may not do this
@@ -83,6 +84,12 @@ class ModelNotFound(RequestError):
     """The request names a model that is not served here."""
 
     reason = "MODEL_NOT_FOUND"
+
+
+class RequestNotFound(RequestError):
+    """A question about a request of which nothing is remembered, or which is not the caller's."""
+
+    reason = "REQUEST_NOT_FOUND"
 
 
 class RequestIdInUse(RequestError):

@@ -15,6 +15,7 @@ Code = grpc.StatusCode
 CASES: list[tuple[RequestError, grpc.StatusCode, str]] = [
     (errors.InvalidRequest([FieldViolation("a.b", "wrong")]), Code.INVALID_ARGUMENT, "INVALID_REQUEST"),
     (errors.ModelNotFound("m"), Code.NOT_FOUND, "MODEL_NOT_FOUND"),
+    (errors.RequestNotFound("m"), Code.NOT_FOUND, "REQUEST_NOT_FOUND"),
     (errors.RequestIdInUse("m"), Code.ALREADY_EXISTS, "REQUEST_ID_IN_USE"),
     (errors.Unauthenticated("m"), Code.UNAUTHENTICATED, "UNAUTHENTICATED"),
     (errors.PermissionDenied("m"), Code.PERMISSION_DENIED, "PERMISSION_DENIED"),

@@ -8,6 +8,14 @@ from __future__ import annotations
 from lmdeploy_slo.client.asynchronous import AsyncClient, AsyncStream
 from lmdeploy_slo.client.blocking import Client, Stream
 from lmdeploy_slo.client.errors import ClientError, ServerUnreachable
+from lmdeploy_slo.client.explanation import (
+    Explanation,
+    QueuePlace,
+    RequestState,
+    SentBefore,
+    SentRequest,
+    WaitTime,
+)
 from lmdeploy_slo.client.request import ChatMessage, GenerateOptions, Prompt
 from lmdeploy_slo.client.results import (
     Completion,
@@ -16,9 +24,11 @@ from lmdeploy_slo.client.results import (
     Load,
     ModelInfo,
     Objectives,
+    PlanQuality,
     Prediction,
     ServerInfo,
     StreamChunk,
+    TaskLoad,
     Timing,
     TokenLogprob,
     Usage,
@@ -33,6 +43,7 @@ __all__ = [
     "Client",
     "ClientError",
     "Completion",
+    "Explanation",
     "FinishReason",
     "Forecast",
     "GenerateOptions",
@@ -41,15 +52,22 @@ __all__ = [
     "ModelInfo",
     "NO_RETRY",
     "Objectives",
+    "PlanQuality",
     "Prediction",
     "PriorityClass",
     "Prompt",
+    "QueuePlace",
+    "RequestState",
     "RetryPolicy",
+    "SentBefore",
+    "SentRequest",
     "ServerInfo",
     "ServerUnreachable",
     "Stream",
     "StreamChunk",
+    "TaskLoad",
     "Timing",
     "TokenLogprob",
     "Usage",
+    "WaitTime",
 ]

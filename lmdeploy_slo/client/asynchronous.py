@@ -15,6 +15,7 @@ import grpc.aio
 
 from lmdeploy_slo.client.channel import CHANNEL_OPTIONS, INFO_TIMEOUT_S, ChannelOptions, Metadata
 from lmdeploy_slo.client.errors import ClientError, error_of
+from lmdeploy_slo.client.explanation import Explanation, explanation_of
 from lmdeploy_slo.client.request import GenerateOptions, Prompt, build_request
 from lmdeploy_slo.client.results import (
     Completion,
@@ -124,6 +125,11 @@ class AsyncClient:
     async def load(self, *, timeout_s: float | None = INFO_TIMEOUT_S) -> Load:
         """What the server is doing at this moment."""
         return load_of(await self._unary("GetLoad", pb.GetLoadRequest(), timeout_s))
+
+    async def explain(self, request_id: str, *, timeout_s: float | None = INFO_TIMEOUT_S) -> Explanation:
+        """Why a request waited. Raises RequestNotFound where the server remembers nothing of it."""
+        request = pb.ExplainRequest(request_id=request_id)
+        return explanation_of(await self._unary("Explain", request, timeout_s))
 
     async def close(self) -> None:
         """Cancels what is running and closes the connection; later calls raise. Idempotent."""

@@ -14,6 +14,7 @@ import grpc
 
 from lmdeploy_slo.client.channel import CHANNEL_OPTIONS, INFO_TIMEOUT_S, ChannelOptions, Metadata
 from lmdeploy_slo.client.errors import ClientError, error_of
+from lmdeploy_slo.client.explanation import Explanation, explanation_of
 from lmdeploy_slo.client.request import GenerateOptions, Prompt, build_request
 from lmdeploy_slo.client.results import (
     Completion,
@@ -131,6 +132,11 @@ class Client:
     def load(self, *, timeout_s: float | None = INFO_TIMEOUT_S) -> Load:
         """What the server is doing at this moment."""
         return load_of(self._unary(self._stub.GetLoad, pb.GetLoadRequest(), timeout_s))
+
+    def explain(self, request_id: str, *, timeout_s: float | None = INFO_TIMEOUT_S) -> Explanation:
+        """Why a request waited. Raises RequestNotFound where the server remembers nothing of it."""
+        request = pb.ExplainRequest(request_id=request_id)
+        return explanation_of(self._unary(self._stub.Explain, request, timeout_s))
 
     def close(self) -> None:
         """Cancels what is running and closes the connection; later calls raise ValueError. Idempotent."""

@@ -35,6 +35,7 @@ from lmdeploy_slo.errors import (
     Rejected,
     RequestError,
     RequestIdInUse,
+    RequestNotFound,
     SloError,
     TooManyStreams,
     Unattainable,
@@ -89,6 +90,7 @@ _BY_REASON: dict[str, type[RequestError]] = {
         QueueTimeout,
         RequestError,
         RequestIdInUse,
+        RequestNotFound,
         Unauthenticated,
     )
 }

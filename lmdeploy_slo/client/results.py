@@ -151,10 +151,45 @@ class ServerInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class PlanQuality:
+    """How the last plan was found. start: the rule its search began with, empty where the policy does not search.
+
+    start_score, score: requests expected to meet, weighted, less the price of their engine time. evaluations: plans
+    scored. engine_second_price: requests met that a second of engine time is worth, None where the policy does not say.
+    """
+
+    start: str
+    start_score: float
+    score: float
+    evaluations: int
+    engine_second_price: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskLoad:
+    """Requests of a task that ended or were refused within about a minute; as TaskLoad of the wire protocol."""
+
+    task: str
+    requests: int
+    finished: int
+    with_slo: int
+    slo_met: int
+    broke_ttft: int
+    broke_tpot: int
+    broke_e2e: int
+    unfinished: int
+    prompt_tokens: int
+    output_tokens: int
+    mean_ttft_ms: float | None
+    mean_tpot_ms: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """What the server is doing. Counters run since it started; `with_slo` leaves cancelled requests out.
 
-    failed_plans: of `plans`, those where the policy failed and arrival order stood in.
+    failed_plans: of `plans`, those where the policy failed and arrival order stood in. output_tokens: generated.
+    oldest_wait_ms: None where none waits. last_plan: None before the first. last_minute: by task.
     """
 
     waiting: int
@@ -173,6 +208,11 @@ class Load:
     mean_plan_ms: float | None
     draining: bool
     failed_plans: int
+    max_in_flight: int
+    oldest_wait_ms: float | None
+    output_tokens: int
+    last_plan: PlanQuality | None
+    last_minute: tuple[TaskLoad, ...]
 
 
 def generation_of(message: pb.GenerateResponse) -> Generation:
@@ -191,44 +231,48 @@ def chunk_of(message: pb.GenerateStreamResponse) -> StreamChunk:
 
 
 def forecast_of(message: pb.PredictResponse) -> Forecast:
-    nested = {"predicted": _plain(Prediction, message.predicted), "slo": _plain(Objectives, message.slo)}
-    return Forecast(**_values(Forecast, message, nested))
+    nested = {"predicted": plain(Prediction, message.predicted), "slo": plain(Objectives, message.slo)}
+    return Forecast(**values(Forecast, message, nested))
 
 
 def model_info_of(message: pb.GetModelInfoResponse) -> ModelInfo:
-    return ModelInfo(**_values(ModelInfo, message))
+    return ModelInfo(**values(ModelInfo, message))
 
 
 def server_info_of(message: pb.GetServerInfoResponse) -> ServerInfo:
-    task_slos = {task: _plain(Objectives, slo) for task, slo in message.task_slos.items()}
-    return ServerInfo(**_values(ServerInfo, message, {"versions": dict(message.versions), "task_slos": task_slos}))
+    task_slos = {task: plain(Objectives, slo) for task, slo in message.task_slos.items()}
+    return ServerInfo(**values(ServerInfo, message, {"versions": dict(message.versions), "task_slos": task_slos}))
 
 
 def load_of(message: pb.GetLoadResponse) -> Load:
-    return Load(**_values(Load, message))
+    nested = {
+        "last_plan": plain(PlanQuality, message.last_plan) if message.HasField("last_plan") else None,
+        "last_minute": tuple(plain(TaskLoad, task) for task in message.last_minute),
+    }
+    return Load(**values(Load, message, nested))
 
 
 def _completion(message: pb.Completion) -> Completion:
     nested = {
         "finish_reason": _FINISH_REASONS.get(message.finish_reason),
-        "usage": _plain(Usage, message.usage),
-        "timing": _plain(Timing, message.timing),
-        "predicted": _plain(Prediction, message.predicted),
-        "slo": _plain(Objectives, message.slo),
+        "usage": plain(Usage, message.usage),
+        "timing": plain(Timing, message.timing),
+        "predicted": plain(Prediction, message.predicted),
+        "slo": plain(Objectives, message.slo),
     }
-    return Completion(**_values(Completion, message, nested))
+    return Completion(**values(Completion, message, nested))
 
 
 def _logprobs(entries: Any) -> Logprobs:
-    return tuple(tuple(_plain(TokenLogprob, c) for c in entry.candidates) for entry in entries)
+    return tuple(tuple(plain(TokenLogprob, c) for c in entry.candidates) for entry in entries)
 
 
-def _plain(cls: Any, message: Message) -> Any:
+def plain(cls: Any, message: Message) -> Any:
     """A dataclass whose fields are scalars of the same names in the message."""
-    return cls(**_values(cls, message))
+    return cls(**values(cls, message))
 
 
-def _values(cls: Any, message: Message, nested: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def values(cls: Any, message: Message, nested: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The message's fields by the names of the dataclass's; None for a field that has presence and is unset."""
     values = dict(nested or {})
     for field in fields(cls):

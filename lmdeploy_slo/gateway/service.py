@@ -14,7 +14,6 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 from grpc_status import rpc_status
 
-from lmdeploy_slo.core.request import EndStatus
 from lmdeploy_slo.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -23,11 +22,13 @@ from lmdeploy_slo.errors import (
     FieldViolation,
     InvalidRequest,
     RequestError,
+    RequestNotFound,
 )
 from lmdeploy_slo.gateway import encoding, metadata
 from lmdeploy_slo.gateway.metadata import Aliases, read_aliases
 from lmdeploy_slo.gateway.options import GatewayOptions
 from lmdeploy_slo.gateway.status import internal_error, to_status
+from lmdeploy_slo.gateway.telling import to_explanation, to_load
 from lmdeploy_slo.gateway.validation import accept
 from lmdeploy_slo.runtime.runtime import Runtime
 from lmdeploy_slo.runtime.stream import Completion, Encoder, RequestStream
@@ -62,6 +63,7 @@ class InferenceService:
             "GetModelInfo": self.get_model_info,
             "GetServerInfo": self.get_server_info,
             "GetLoad": self.get_load,
+            "Explain": self.explain,
         }
         methods: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
             name: grpc.unary_unary_rpc_method_handler(_guarded(rpc)) for name, rpc in unary.items()
@@ -108,11 +110,20 @@ class InferenceService:
         passed_on = _passed_on(aliases)
         if passed_on:
             context.set_trailing_metadata(passed_on)
-        accepted = await accept(
-            _parse(pb.GenerateRequest, data), aliases, self._runtime.engine, self._options, arrival_at_s=arrival_at_s
+        traceparent = aliases.get(metadata.TRACEPARENT)
+        try:
+            request = _parse(pb.GenerateRequest, data)
+            accepted = await accept(request, aliases, self._runtime.engine, self._options, arrival_at_s=arrival_at_s)
+        except RequestError as refusal:
+            self._runtime.journal.refused(refusal, arrival_at_s=arrival_at_s, traceparent=traceparent, malformed=True)
+            raise
+        return self._runtime.submit(
+            accepted.spec,
+            accepted.engine_request,
+            deadline_at_s=None if remaining_s is None else arrival_at_s + remaining_s,
+            encode=encode,
+            traceparent=traceparent,
         )
-        deadline_at_s = None if remaining_s is None else arrival_at_s + remaining_s
-        return self._runtime.submit(accepted.spec, accepted.engine_request, deadline_at_s=deadline_at_s, encode=encode)
 
     async def predict(self, data: bytes, context: _Context) -> bytes:
         request = _parse(pb.PredictRequest, data)
@@ -185,26 +196,16 @@ class InferenceService:
 
     async def get_load(self, data: bytes, context: _Context) -> bytes:
         _parse(pb.GetLoadRequest, data)
-        load = self._runtime.load()
-        last_s, mean_s = load.planner.last_plan_s, load.planner.mean_plan_s
-        return pb.GetLoadResponse(
-            waiting=load.waiting,
-            in_flight=load.in_flight,
-            waiting_prompt_tokens=load.waiting_prompt_tokens,
-            kv_usage=load.kv_usage,
-            finished=load.ended[EndStatus.FINISHED],
-            rejected=load.ended[EndStatus.REJECTED],
-            timed_out=load.ended[EndStatus.TIMED_OUT],
-            failed=load.ended[EndStatus.FAILED],
-            cancelled=load.ended[EndStatus.CANCELLED],
-            with_slo=load.with_slo,
-            slo_met=load.slo_met,
-            plans=load.planner.plans,
-            last_plan_ms=None if last_s is None else last_s * 1e3,
-            mean_plan_ms=None if mean_s is None else mean_s * 1e3,
-            draining=load.draining,
-            failed_plans=load.planner.failures,
-        ).SerializeToString()
+        return to_load(self._runtime.load()).SerializeToString()
+
+    async def explain(self, data: bytes, context: _Context) -> bytes:
+        request = _parse(pb.ExplainRequest, data)
+        if not 1 <= len(request.request_id) <= 128:
+            raise InvalidRequest([FieldViolation("request_id", "must be 1 to 128 characters")])
+        told = self._runtime.journal.explain(request.request_id)
+        if told is None:
+            raise RequestNotFound(f"nothing is remembered of a request {request.request_id!r}")
+        return to_explanation(told).SerializeToString()
 
 
 def _parse(kind: type[_M], data: bytes) -> _M:

@@ -19,6 +19,7 @@ from lmdeploy_slo.errors import (
     Rejected,
     RequestError,
     RequestIdInUse,
+    RequestNotFound,
     Unauthenticated,
 )
 
@@ -27,6 +28,7 @@ ERROR_DOMAIN = "lmdeploy_slo"
 _CODES: tuple[tuple[type[RequestError], grpc.StatusCode], ...] = (  # the first that matches
     (InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
     (ModelNotFound, grpc.StatusCode.NOT_FOUND),
+    (RequestNotFound, grpc.StatusCode.NOT_FOUND),
     (RequestIdInUse, grpc.StatusCode.ALREADY_EXISTS),
     (Unauthenticated, grpc.StatusCode.UNAUTHENTICATED),
     (PermissionDenied, grpc.StatusCode.PERMISSION_DENIED),

@@ -20,6 +20,13 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
     FINISH_REASON_STOP: _ClassVar[FinishReason]
     FINISH_REASON_LENGTH: _ClassVar[FinishReason]
+
+class RequestState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    REQUEST_STATE_UNSPECIFIED: _ClassVar[RequestState]
+    REQUEST_STATE_WAITING: _ClassVar[RequestState]
+    REQUEST_STATE_RUNNING: _ClassVar[RequestState]
+    REQUEST_STATE_ENDED: _ClassVar[RequestState]
 PRIORITY_CLASS_UNSPECIFIED: PriorityClass
 PRIORITY_CLASS_BULK: PriorityClass
 PRIORITY_CLASS_DEFAULT: PriorityClass
@@ -28,6 +35,10 @@ PRIORITY_CLASS_SYSTEM: PriorityClass
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
+REQUEST_STATE_UNSPECIFIED: RequestState
+REQUEST_STATE_WAITING: RequestState
+REQUEST_STATE_RUNNING: RequestState
+REQUEST_STATE_ENDED: RequestState
 
 class GenerateRequest(_message.Message):
     __slots__ = ("request_id", "model", "text", "token_ids", "messages", "sampling", "stopping", "slo", "task_type", "expected_output_tokens", "queue_timeout_ms", "fairness_id", "priority_class", "sheddable", "emulation")
@@ -330,7 +341,7 @@ class GetLoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetLoadResponse(_message.Message):
-    __slots__ = ("waiting", "in_flight", "waiting_prompt_tokens", "kv_usage", "finished", "rejected", "timed_out", "failed", "cancelled", "with_slo", "slo_met", "plans", "last_plan_ms", "mean_plan_ms", "draining", "failed_plans")
+    __slots__ = ("waiting", "in_flight", "waiting_prompt_tokens", "kv_usage", "finished", "rejected", "timed_out", "failed", "cancelled", "with_slo", "slo_met", "plans", "last_plan_ms", "mean_plan_ms", "draining", "failed_plans", "max_in_flight", "oldest_wait_ms", "output_tokens", "last_plan", "last_minute")
     WAITING_FIELD_NUMBER: _ClassVar[int]
     IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     WAITING_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -347,6 +358,11 @@ class GetLoadResponse(_message.Message):
     MEAN_PLAN_MS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     FAILED_PLANS_FIELD_NUMBER: _ClassVar[int]
+    MAX_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_WAIT_MS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LAST_PLAN_FIELD_NUMBER: _ClassVar[int]
+    LAST_MINUTE_FIELD_NUMBER: _ClassVar[int]
     waiting: int
     in_flight: int
     waiting_prompt_tokens: int
@@ -363,4 +379,163 @@ class GetLoadResponse(_message.Message):
     mean_plan_ms: float
     draining: bool
     failed_plans: int
-    def __init__(self, waiting: _Optional[int] = ..., in_flight: _Optional[int] = ..., waiting_prompt_tokens: _Optional[int] = ..., kv_usage: _Optional[float] = ..., finished: _Optional[int] = ..., rejected: _Optional[int] = ..., timed_out: _Optional[int] = ..., failed: _Optional[int] = ..., cancelled: _Optional[int] = ..., with_slo: _Optional[int] = ..., slo_met: _Optional[int] = ..., plans: _Optional[int] = ..., last_plan_ms: _Optional[float] = ..., mean_plan_ms: _Optional[float] = ..., draining: bool = ..., failed_plans: _Optional[int] = ...) -> None: ...
+    max_in_flight: int
+    oldest_wait_ms: float
+    output_tokens: int
+    last_plan: PlanQuality
+    last_minute: _containers.RepeatedCompositeFieldContainer[TaskLoad]
+    def __init__(self, waiting: _Optional[int] = ..., in_flight: _Optional[int] = ..., waiting_prompt_tokens: _Optional[int] = ..., kv_usage: _Optional[float] = ..., finished: _Optional[int] = ..., rejected: _Optional[int] = ..., timed_out: _Optional[int] = ..., failed: _Optional[int] = ..., cancelled: _Optional[int] = ..., with_slo: _Optional[int] = ..., slo_met: _Optional[int] = ..., plans: _Optional[int] = ..., last_plan_ms: _Optional[float] = ..., mean_plan_ms: _Optional[float] = ..., draining: bool = ..., failed_plans: _Optional[int] = ..., max_in_flight: _Optional[int] = ..., oldest_wait_ms: _Optional[float] = ..., output_tokens: _Optional[int] = ..., last_plan: _Optional[_Union[PlanQuality, _Mapping]] = ..., last_minute: _Optional[_Iterable[_Union[TaskLoad, _Mapping]]] = ...) -> None: ...
+
+class PlanQuality(_message.Message):
+    __slots__ = ("start", "start_score", "score", "evaluations", "engine_second_price")
+    START_FIELD_NUMBER: _ClassVar[int]
+    START_SCORE_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    EVALUATIONS_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_SECOND_PRICE_FIELD_NUMBER: _ClassVar[int]
+    start: str
+    start_score: float
+    score: float
+    evaluations: int
+    engine_second_price: float
+    def __init__(self, start: _Optional[str] = ..., start_score: _Optional[float] = ..., score: _Optional[float] = ..., evaluations: _Optional[int] = ..., engine_second_price: _Optional[float] = ...) -> None: ...
+
+class TaskLoad(_message.Message):
+    __slots__ = ("task", "requests", "finished", "with_slo", "slo_met", "broke_ttft", "broke_tpot", "broke_e2e", "unfinished", "prompt_tokens", "output_tokens", "mean_ttft_ms", "mean_tpot_ms")
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    WITH_SLO_FIELD_NUMBER: _ClassVar[int]
+    SLO_MET_FIELD_NUMBER: _ClassVar[int]
+    BROKE_TTFT_FIELD_NUMBER: _ClassVar[int]
+    BROKE_TPOT_FIELD_NUMBER: _ClassVar[int]
+    BROKE_E2E_FIELD_NUMBER: _ClassVar[int]
+    UNFINISHED_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MEAN_TTFT_MS_FIELD_NUMBER: _ClassVar[int]
+    MEAN_TPOT_MS_FIELD_NUMBER: _ClassVar[int]
+    task: str
+    requests: int
+    finished: int
+    with_slo: int
+    slo_met: int
+    broke_ttft: int
+    broke_tpot: int
+    broke_e2e: int
+    unfinished: int
+    prompt_tokens: int
+    output_tokens: int
+    mean_ttft_ms: float
+    mean_tpot_ms: float
+    def __init__(self, task: _Optional[str] = ..., requests: _Optional[int] = ..., finished: _Optional[int] = ..., with_slo: _Optional[int] = ..., slo_met: _Optional[int] = ..., broke_ttft: _Optional[int] = ..., broke_tpot: _Optional[int] = ..., broke_e2e: _Optional[int] = ..., unfinished: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., mean_ttft_ms: _Optional[float] = ..., mean_tpot_ms: _Optional[float] = ...) -> None: ...
+
+class ExplainRequest(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+
+class ExplainResponse(_message.Message):
+    __slots__ = ("request_id", "state", "reason", "task_type", "priority_class", "prompt_tokens", "output_tokens", "slo", "slo_met", "predicted", "timing", "arrival_position", "wait", "places", "sent_before", "dearest", "sent", "complete")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    TASK_TYPE_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_CLASS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SLO_FIELD_NUMBER: _ClassVar[int]
+    SLO_MET_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_FIELD_NUMBER: _ClassVar[int]
+    TIMING_FIELD_NUMBER: _ClassVar[int]
+    ARRIVAL_POSITION_FIELD_NUMBER: _ClassVar[int]
+    WAIT_FIELD_NUMBER: _ClassVar[int]
+    PLACES_FIELD_NUMBER: _ClassVar[int]
+    SENT_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    DEAREST_FIELD_NUMBER: _ClassVar[int]
+    SENT_FIELD_NUMBER: _ClassVar[int]
+    COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    state: RequestState
+    reason: str
+    task_type: str
+    priority_class: PriorityClass
+    prompt_tokens: int
+    output_tokens: int
+    slo: Slo
+    slo_met: bool
+    predicted: Prediction
+    timing: Timing
+    arrival_position: int
+    wait: WaitTime
+    places: _containers.RepeatedCompositeFieldContainer[QueuePlace]
+    sent_before: SentBefore
+    dearest: _containers.RepeatedCompositeFieldContainer[SentRequest]
+    sent: SentRequest
+    complete: bool
+    def __init__(self, request_id: _Optional[str] = ..., state: _Optional[_Union[RequestState, str]] = ..., reason: _Optional[str] = ..., task_type: _Optional[str] = ..., priority_class: _Optional[_Union[PriorityClass, str]] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., slo: _Optional[_Union[Slo, _Mapping]] = ..., slo_met: bool = ..., predicted: _Optional[_Union[Prediction, _Mapping]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., arrival_position: _Optional[int] = ..., wait: _Optional[_Union[WaitTime, _Mapping]] = ..., places: _Optional[_Iterable[_Union[QueuePlace, _Mapping]]] = ..., sent_before: _Optional[_Union[SentBefore, _Mapping]] = ..., dearest: _Optional[_Iterable[_Union[SentRequest, _Mapping]]] = ..., sent: _Optional[_Union[SentRequest, _Mapping]] = ..., complete: bool = ...) -> None: ...
+
+class WaitTime(_message.Message):
+    __slots__ = ("total_ms", "planning_ms", "engine_full_ms", "held_back_ms")
+    TOTAL_MS_FIELD_NUMBER: _ClassVar[int]
+    PLANNING_MS_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FULL_MS_FIELD_NUMBER: _ClassVar[int]
+    HELD_BACK_MS_FIELD_NUMBER: _ClassVar[int]
+    total_ms: float
+    planning_ms: float
+    engine_full_ms: float
+    held_back_ms: float
+    def __init__(self, total_ms: _Optional[float] = ..., planning_ms: _Optional[float] = ..., engine_full_ms: _Optional[float] = ..., held_back_ms: _Optional[float] = ...) -> None: ...
+
+class QueuePlace(_message.Message):
+    __slots__ = ("at_ms", "position", "waiting", "in_flight", "sent", "spare_ms")
+    AT_MS_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    SENT_FIELD_NUMBER: _ClassVar[int]
+    SPARE_MS_FIELD_NUMBER: _ClassVar[int]
+    at_ms: float
+    position: int
+    waiting: int
+    in_flight: int
+    sent: int
+    spare_ms: float
+    def __init__(self, at_ms: _Optional[float] = ..., position: _Optional[int] = ..., waiting: _Optional[int] = ..., in_flight: _Optional[int] = ..., sent: _Optional[int] = ..., spare_ms: _Optional[float] = ...) -> None: ...
+
+class SentBefore(_message.Message):
+    __slots__ = ("requests", "overtook", "prompt_tokens", "engine_ms", "cost")
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    OVERTOOK_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_MS_FIELD_NUMBER: _ClassVar[int]
+    COST_FIELD_NUMBER: _ClassVar[int]
+    requests: int
+    overtook: int
+    prompt_tokens: int
+    engine_ms: float
+    cost: float
+    def __init__(self, requests: _Optional[int] = ..., overtook: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., engine_ms: _Optional[float] = ..., cost: _Optional[float] = ...) -> None: ...
+
+class SentRequest(_message.Message):
+    __slots__ = ("at_ms", "arrived_ms", "rank", "priority_class", "prompt_tokens", "output_tokens", "engine_ms", "spare_ms", "cost")
+    AT_MS_FIELD_NUMBER: _ClassVar[int]
+    ARRIVED_MS_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_CLASS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_MS_FIELD_NUMBER: _ClassVar[int]
+    SPARE_MS_FIELD_NUMBER: _ClassVar[int]
+    COST_FIELD_NUMBER: _ClassVar[int]
+    at_ms: float
+    arrived_ms: float
+    rank: int
+    priority_class: PriorityClass
+    prompt_tokens: int
+    output_tokens: float
+    engine_ms: float
+    spare_ms: float
+    cost: float
+    def __init__(self, at_ms: _Optional[float] = ..., arrived_ms: _Optional[float] = ..., rank: _Optional[int] = ..., priority_class: _Optional[_Union[PriorityClass, str]] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[float] = ..., engine_ms: _Optional[float] = ..., spare_ms: _Optional[float] = ..., cost: _Optional[float] = ...) -> None: ...

@@ -69,6 +69,11 @@ class InferenceServiceStub(object):
                 request_serializer=lmdeploy__slo_dot_v1_dot_inference__pb2.GetLoadRequest.SerializeToString,
                 response_deserializer=lmdeploy__slo_dot_v1_dot_inference__pb2.GetLoadResponse.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/lmdeploy_slo.v1.InferenceService/Explain',
+                request_serializer=lmdeploy__slo_dot_v1_dot_inference__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=lmdeploy__slo_dot_v1_dot_inference__pb2.ExplainResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServiceServicer(object):
@@ -123,6 +128,14 @@ class InferenceServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """Why a request waited: its places in the queue over time, what went before it and at what price. For requests that
+        have not ended and the last ones that have (NOT_FOUND, REQUEST_NOT_FOUND for others).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -160,6 +173,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.GetLoad,
                     request_deserializer=lmdeploy__slo_dot_v1_dot_inference__pb2.GetLoadRequest.FromString,
                     response_serializer=lmdeploy__slo_dot_v1_dot_inference__pb2.GetLoadResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=lmdeploy__slo_dot_v1_dot_inference__pb2.ExplainRequest.FromString,
+                    response_serializer=lmdeploy__slo_dot_v1_dot_inference__pb2.ExplainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -351,6 +369,33 @@ class InferenceService(object):
             '/lmdeploy_slo.v1.InferenceService/GetLoad',
             lmdeploy__slo_dot_v1_dot_inference__pb2.GetLoadRequest.SerializeToString,
             lmdeploy__slo_dot_v1_dot_inference__pb2.GetLoadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lmdeploy_slo.v1.InferenceService/Explain',
+            lmdeploy__slo_dot_v1_dot_inference__pb2.ExplainRequest.SerializeToString,
+            lmdeploy__slo_dot_v1_dot_inference__pb2.ExplainResponse.FromString,
             options,
             channel_credentials,
             insecure,
