@@ -13,6 +13,9 @@ TPOT_MS = "x-llm-d-slo-tpot-ms"
 E2E_MS = "x-slo-e2e-ms"
 FAIRNESS_ID = "x-llm-d-inference-fairness-id"
 
+CLAMPED = "x-slo-clamped"
+"""In the trailing metadata: the fields of the request that its client's policy changed, separated by commas."""
+
 _NAMES = frozenset((REQUEST_ID, TRACEPARENT, TTFT_MS, TPOT_MS, E2E_MS, FAIRNESS_ID))
 _DECIMAL = re.compile(r"[0-9]+(\.[0-9]+)?")
 

@@ -9,13 +9,14 @@ import asyncio
 import re
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from lmdeploy_slo.core.request import PriorityClass, RequestSpec
+from lmdeploy_slo.core.clients import ClientPolicy, clamp
+from lmdeploy_slo.core.request import ClientId, PriorityClass, RequestSpec
 from lmdeploy_slo.core.slo import Slo
 from lmdeploy_slo.engine.base import ChatMessage, Engine, EngineRequest, Sampling, Stopping
 from lmdeploy_slo.errors import FieldViolation, InvalidRequest, ModelNotFound
@@ -60,10 +61,16 @@ _Argument = TypeVar("_Argument")
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A request that may be submitted."""
+    """A request that may be submitted. clamped: fields that its client's policy changed."""
 
     spec: RequestSpec
     engine_request: EngineRequest
+    clamped: tuple[str, ...] = ()
+
+    def of(self, client: ClientId, policy: ClientPolicy) -> Accepted:
+        """The same as this client may send it."""
+        spec, clamped = clamp(replace(self.spec, client=client), policy)
+        return Accepted(spec, self.engine_request, clamped)
 
 
 async def accept(
@@ -91,6 +98,23 @@ async def accept(
             check.add(told if path == "prompt" else path, reason, unless_told=True)
     check.done()
     return Accepted(spec, engine_request)
+
+
+def fairness_id_of(request: pb.GenerateRequest, aliases: Aliases) -> str:
+    """The field, else its header; whether it is too long is told by `accept`."""
+    return request.fairness_id or aliases.get(metadata.FAIRNESS_ID) or ""
+
+
+def priority_class_of(request: pb.GenerateRequest) -> PriorityClass:
+    """DEFAULT for one that does not exist, which `accept` tells."""
+    return _PRIORITIES.get(request.priority_class, PriorityClass.DEFAULT)
+
+
+def carries_objective(request: pb.GenerateRequest, aliases: Aliases, options: GatewayOptions) -> bool:
+    """Whether it would be held to one, wrong or right."""
+    if request.slo.ListFields() or any(aliases.get(h) for h in (metadata.TTFT_MS, metadata.TPOT_MS, metadata.E2E_MS)):
+        return True
+    return not request.HasField("slo") and request.task_type in options.task_slos
 
 
 class _Check:
@@ -212,11 +236,9 @@ def _read(
     stopping = _stopping(request, len(prompt), engine, options, check)
     sampling = _sampling(request.sampling, check)
     check.length(request.task_type, "task_type", MAX_TASK_CHARS)
-    fairness_id = request.fairness_id
-    if not fairness_id:
-        fairness_id = aliases.get(metadata.FAIRNESS_ID) or ""
-        if len(fairness_id) > MAX_ID_CHARS:
-            check.add(metadata.FAIRNESS_ID, f"at most {MAX_ID_CHARS} characters", header=True)
+    fairness_id = fairness_id_of(request, aliases)
+    if not request.fairness_id and len(fairness_id) > MAX_ID_CHARS:
+        check.add(metadata.FAIRNESS_ID, f"at most {MAX_ID_CHARS} characters", header=True)
     check.length(request.fairness_id, "fairness_id", MAX_ID_CHARS)
     hint = request.expected_output_tokens if request.HasField("expected_output_tokens") else None
     check.that(hint is None or hint >= 1, "expected_output_tokens", "must be 1 or more")

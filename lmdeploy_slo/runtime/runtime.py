@@ -141,18 +141,14 @@ class Runtime:
 
     # -- requests -------------------------------------------------------------
 
-    def enter(self, client: ClientId, priority_class: PriorityClass, *, with_slo: bool) -> Ticket:
+    def enter(self, client: ClientId, priority_class: PriorityClass, *, queues: bool = True) -> Ticket:
         """For a request that has come and is not read yet: a ticket for `submit`, or what is known to refuse it.
 
-        with_slo: whether it carries an objective, which it has missed where it is refused. Who gets a ticket hands it
-        to `submit`, or has it leave. Raises Draining, EngineUnavailable (not started), and what `Limiter.enter` does.
+        queues: False where it is only asked about. Who gets a ticket hands it to `submit`, or has it leave. Raises
+        Draining, EngineUnavailable (not started), and what `Limiter.enter` does; nothing is counted then.
         """
-        try:
-            self._check_open()
-            return self.limiter.enter(client, self.clock.now_s(), priority_class)
-        except RequestError as refusal:
-            self.journal.refused(refusal, with_slo=with_slo)
-            raise
+        self._check_open()
+        return self.limiter.enter(client, self.clock.now_s(), priority_class, queues=queues)
 
     def submit(
         self,
