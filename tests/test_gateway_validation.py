@@ -71,7 +71,7 @@ def test_a_bare_request_gets_the_defaults() -> None:
     assert (spec.prompt_tokens, spec.max_new_tokens) == (3, 20)
     assert spec.slo == Slo()
     assert (spec.expected_output_tokens, spec.queue_timeout_s) == (None, None)
-    assert (spec.task_type, spec.fairness_id, spec.sheddable) == ("", "", False)
+    assert (spec.task_type, spec.fairness_id, spec.sheddable, spec.conversation_id) == ("", "", False, "")
     assert spec.priority_class is PriorityClass.DEFAULT
     assert spec.model == "scripted-model"
     assert list(request.prompt_token_ids) == [1, 2, 3]
@@ -84,7 +84,7 @@ def test_a_bare_request_gets_the_defaults() -> None:
 def test_every_field_arrives() -> None:
     accepted = check(
         """
-        request_id: "mine" model: "scripted-model" task_type: "code" fairness_id: "team" sheddable: true
+        request_id: "mine" model: "scripted-model" task_type: "code" fairness_id: "team" sheddable: true conversation_id: "c-1"
         expected_output_tokens: 7 queue_timeout_ms: 1500 priority_class: PRIORITY_CLASS_INTERACTIVE
         slo { ttft_ms: 100 tpot_ms: 20 e2e_ms: 3000 }
         sampling {
@@ -99,7 +99,7 @@ def test_every_field_arrives() -> None:
     )
     spec, request = accepted.spec, accepted.engine_request
     assert spec.request_id == "mine"
-    assert (spec.task_type, spec.fairness_id, spec.sheddable) == ("code", "team", True)
+    assert (spec.task_type, spec.fairness_id, spec.sheddable, spec.conversation_id) == ("code", "team", True, "c-1")
     assert (spec.expected_output_tokens, spec.queue_timeout_s) == (7, 1.5)
     assert spec.priority_class is PriorityClass.INTERACTIVE
     assert spec.slo == make_slo(ttft_ms=100, tpot_ms=20, e2e_ms=3000)
@@ -248,6 +248,7 @@ WRONG = [
     ('request_id: "\u00e4"', "request_id"),
     (f'task_type: "{"x" * 65}"', "task_type"),
     (f'fairness_id: "{"x" * 129}"', "fairness_id"),
+    (f'conversation_id: "{"x" * 129}"', "conversation_id"),
     ("expected_output_tokens: 0", "expected_output_tokens"),
     ("priority_class: 17", "priority_class"),
     *((f"queue_timeout_ms: {value}", "queue_timeout_ms") for value in ("0", "-1", "nan", "inf", "86400001")),

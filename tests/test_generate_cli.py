@@ -53,7 +53,7 @@ def test_every_flag_reaches_its_field(server: ScriptedServer) -> None:
         "ttft-ms": 1, "tpot-ms": 2, "e2e-ms": 3, "task-type": "chat", "expected-output-tokens": 4,
         "max-new-tokens": 5, "min-new-tokens": 6, "temperature": 0, "top-p": 0.5, "top-k": 7, "min-p": 0.25,
         "repetition-penalty": 1.5, "seed": 8, "model": "m", "request-id": "r", "fairness-id": "f",
-        "priority-class": "bulk", "queue-timeout-ms": 9,
+        "priority-class": "bulk", "queue-timeout-ms": 9, "conversation-id": "c",
     }  # fmt: skip
     server.script = [whole_stream()]
     pairs = [f"--{name}={value}" for name, value in flags.items()]
@@ -73,6 +73,7 @@ def test_every_flag_reaches_its_field(server: ScriptedServer) -> None:
             fairness_id="f",
             priority_class=pb.PRIORITY_CLASS_BULK,
             sheddable=True,
+            conversation_id="c",
         )
     ]
 

@@ -45,6 +45,8 @@ def test_http_headers_and_body() -> None:
         "x-llm-d-inference-fairness-id": "team",
     }
     assert terms_of_http(headers, {}) == Terms(Slo(0.5, 0.0505, 9.0), "chat", None, "team")
+    assert terms_of_http({"x-conversation-id": "c-1"}, {}).conversation_id == "c-1"
+    assert terms_of_http({"x-conversation-id": "c-1"}, {"conversation_id": "c-2"}).conversation_id == "c-2"
     body = {"slo": {"ttft_ms": 100}, "task_type": "code", "expected_output_tokens": 40, "max_tokens": 3}
     assert terms_of_http(headers, body) == Terms(Slo(0.1, 0.0505, 9.0), "code", 40, "team")
 

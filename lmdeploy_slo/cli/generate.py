@@ -115,6 +115,10 @@ def generate(
         bool,
         typer.Option("--sheddable", help="May be refused when its SLO cannot be met.", rich_help_panel=_SCHEDULING),
     ] = False,
+    conversation_id: Annotated[
+        str | None,
+        typer.Option(help="Your name for the conversation it is a turn of.", rich_help_panel=_SCHEDULING),
+    ] = None,
     queue_timeout_ms: Annotated[
         float | None, typer.Option(help="Longest wait before the engine starts.", rich_help_panel=_SCHEDULING)
     ] = None,
@@ -151,6 +155,7 @@ def generate(
         "fairness_id": fairness_id,
         "priority_class": None if priority_class is None else PriorityClass[priority_class.name],
         "sheddable": sheddable or None,
+        "conversation_id": conversation_id,
         "queue_timeout_ms": queue_timeout_ms,
     }
     if timeout_s is not None:

@@ -47,6 +47,7 @@ class GenerateOptions(TypedDict, total=False):
     fairness_id: str | None
     priority_class: PriorityClass | None
     sheddable: bool | None
+    conversation_id: str | None
     # What to generate.
     request_id: str | None
     model: str | None
@@ -81,6 +82,7 @@ OPTION_PATHS: Mapping[str, str] = {
             "fairness_id",
             "priority_class",
             "sheddable",
+            "conversation_id",
         )
     },
     **{

@@ -68,7 +68,7 @@ class RequestSpec:
     expected_output_tokens: the client's hint, >= 1, None where it gave none.
     queue_timeout_s: longest wait before dispatch, None for no bound.
     priority: LMDeploy's, 0..255, 0 first: goes before whatever the policy decides. 0 for all but LMDeploy's own doors.
-    client: who sent it.
+    client: who sent it. conversation_id: the client's name for the conversation of which it is a turn; "" for none.
     """
 
     request_id: str
@@ -85,3 +85,4 @@ class RequestSpec:
     queue_timeout_s: float | None = None
     priority: int = 0
     client: ClientId = ANYONE
+    conversation_id: str = ""

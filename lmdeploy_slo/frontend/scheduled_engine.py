@@ -89,6 +89,7 @@ class ScheduledEngine:
             expected_output_tokens=terms.expected_output_tokens,
             task_type=terms.task_type,
             fairness_id=terms.fairness_id,
+            conversation_id=terms.conversation_id,
             priority=request.gen_config.priority,
         )
         work = EngineRequest(

@@ -22,6 +22,7 @@ HEADERS = {
 
 TASK_HEADER = "x-task-type"
 FAIRNESS_HEADER = "x-llm-d-inference-fairness-id"
+CONVERSATION_HEADER = "x-conversation-id"
 
 _OBJECTIVES = ("ttft_ms", "tpot_ms", "e2e_ms")
 
@@ -29,12 +30,14 @@ _OBJECTIVES = ("ttft_ms", "tpot_ms", "e2e_ms")
 @dataclass(frozen=True, slots=True)
 class Terms:
     """slo: its objectives, NO_SLO for none. task_type: kind of work, up to 64 characters. expected_output_tokens: a
-    guess, >= 1. fairness_id: whom it is counted to, up to 128 characters."""
+    guess, >= 1. fairness_id: whom it is counted to, conversation_id: what it is a turn of, up to 128 characters
+    each."""
 
     slo: Slo = NO_SLO
     task_type: str = ""
     expected_output_tokens: float | None = None
     fairness_id: str = ""
+    conversation_id: str = ""
 
 
 NO_TERMS = Terms()
@@ -67,7 +70,7 @@ def slo_of(value: Slo | Mapping[str, Any] | None, field: str = "slo") -> Slo:
 
 
 def terms_of_http(headers: Mapping[str, str], body: Mapping[str, Any]) -> Terms:
-    """From the headers of HEADERS and the body's `slo`, `task_type`, `expected_output_tokens` and `fairness_id`.
+    """From the headers and the body's `slo`, `task_type`, `expected_output_tokens`, `fairness_id`, `conversation_id`.
 
     What the body says wins, objective by objective. Raises InvalidRequest, with every wrong field.
     """
@@ -90,7 +93,11 @@ def terms_of_http(headers: Mapping[str, str], body: Mapping[str, Any]) -> Terms:
     except InvalidRequest as error:
         wrong.extend(error.violations)
     texts: dict[str, str] = {}
-    for name, header, longest in (("task_type", TASK_HEADER, 64), ("fairness_id", FAIRNESS_HEADER, 128)):
+    for name, header, longest in (
+        ("task_type", TASK_HEADER, 64),
+        ("fairness_id", FAIRNESS_HEADER, 128),
+        ("conversation_id", CONVERSATION_HEADER, 128),
+    ):
         text = body.get(name, headers.get(header, ""))
         if isinstance(text, str) and len(text) <= longest:
             texts[name] = text
@@ -101,7 +108,7 @@ def terms_of_http(headers: Mapping[str, str], body: Mapping[str, Any]) -> Terms:
         wrong.append(_violation("expected_output_tokens", "must be a whole number of at least 1"))
     if wrong:
         raise InvalidRequest(wrong)
-    return Terms(slo, texts["task_type"], hint, texts["fairness_id"])
+    return Terms(slo, texts["task_type"], hint, texts["fairness_id"], texts["conversation_id"])
 
 
 def _is_duration_ms(value: object) -> bool:

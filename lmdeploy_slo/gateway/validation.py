@@ -240,6 +240,7 @@ def _read(
     if not request.fairness_id and len(fairness_id) > MAX_ID_CHARS:
         check.add(metadata.FAIRNESS_ID, f"at most {MAX_ID_CHARS} characters", header=True)
     check.length(request.fairness_id, "fairness_id", MAX_ID_CHARS)
+    check.length(request.conversation_id, "conversation_id", MAX_ID_CHARS)
     hint = request.expected_output_tokens if request.HasField("expected_output_tokens") else None
     check.that(hint is None or hint >= 1, "expected_output_tokens", "must be 1 or more")
     priority_class = _PRIORITIES.get(request.priority_class)
@@ -261,6 +262,7 @@ def _read(
         priority_class=PriorityClass.DEFAULT if priority_class is None else priority_class,
         sheddable=request.sheddable,
         queue_timeout_s=queue_timeout_s,
+        conversation_id=request.conversation_id,
     )
     engine_request = EngineRequest(
         request_id=request_id,

@@ -41,7 +41,7 @@ REQUEST_STATE_RUNNING: RequestState
 REQUEST_STATE_ENDED: RequestState
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model", "text", "token_ids", "messages", "sampling", "stopping", "slo", "task_type", "expected_output_tokens", "queue_timeout_ms", "fairness_id", "priority_class", "sheddable", "emulation")
+    __slots__ = ("request_id", "model", "text", "token_ids", "messages", "sampling", "stopping", "slo", "task_type", "expected_output_tokens", "queue_timeout_ms", "fairness_id", "priority_class", "sheddable", "emulation", "conversation_id")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -57,6 +57,7 @@ class GenerateRequest(_message.Message):
     PRIORITY_CLASS_FIELD_NUMBER: _ClassVar[int]
     SHEDDABLE_FIELD_NUMBER: _ClassVar[int]
     EMULATION_FIELD_NUMBER: _ClassVar[int]
+    CONVERSATION_ID_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     text: str
@@ -72,7 +73,8 @@ class GenerateRequest(_message.Message):
     priority_class: PriorityClass
     sheddable: bool
     emulation: Emulation
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., messages: _Optional[_Union[Conversation, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., stopping: _Optional[_Union[StoppingParams, _Mapping]] = ..., slo: _Optional[_Union[Slo, _Mapping]] = ..., task_type: _Optional[str] = ..., expected_output_tokens: _Optional[int] = ..., queue_timeout_ms: _Optional[float] = ..., fairness_id: _Optional[str] = ..., priority_class: _Optional[_Union[PriorityClass, str]] = ..., sheddable: bool = ..., emulation: _Optional[_Union[Emulation, _Mapping]] = ...) -> None: ...
+    conversation_id: str
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., messages: _Optional[_Union[Conversation, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., stopping: _Optional[_Union[StoppingParams, _Mapping]] = ..., slo: _Optional[_Union[Slo, _Mapping]] = ..., task_type: _Optional[str] = ..., expected_output_tokens: _Optional[int] = ..., queue_timeout_ms: _Optional[float] = ..., fairness_id: _Optional[str] = ..., priority_class: _Optional[_Union[PriorityClass, str]] = ..., sheddable: bool = ..., emulation: _Optional[_Union[Emulation, _Mapping]] = ..., conversation_id: _Optional[str] = ...) -> None: ...
 
 class TokenIds(_message.Message):
     __slots__ = ("ids",)
