@@ -8,7 +8,7 @@ The name in a certificate is its SPIFFE id, else its common name, else its first
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from lmdeploy_slo.errors import Unauthenticated
@@ -62,7 +62,7 @@ def authorization_of(metadata: Iterable[tuple[str, str | bytes]] | None) -> str 
     return None
 
 
-def name_in_auth_context(context: Mapping[str, Sequence[bytes]]) -> str:
+def name_in_auth_context(context: Mapping[str, Iterable[bytes]]) -> str:
     """From what gRPC says of a client's certificate."""
     keys = ("peer_spiffe_id", "x509_common_name", "x509_subject_alternative_name")
     return _first_name(name.decode("utf-8", "replace") for key in keys for name in context.get(key, ()))

@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection
 
 from lmdeploy_slo.errors import ConfigError
 from lmdeploy_slo.gateway.options import GatewayOptions
+from lmdeploy_slo.gateway.security import Security, guarded
 from lmdeploy_slo.gateway.service import SERVICE_NAME, InferenceService
 from lmdeploy_slo.runtime.runtime import Runtime
 
@@ -32,9 +33,13 @@ MIN_CLIENT_PING_MS = 10_000
 class Gateway:
     """Serves a started runtime; it does not own it. All methods on the runtime's loop."""
 
-    def __init__(self, runtime: Runtime, options: GatewayOptions | None = None) -> None:
+    def __init__(
+        self, runtime: Runtime, options: GatewayOptions | None = None, security: Security | None = None
+    ) -> None:
+        """security: None for plain text, open to everybody who reaches the port."""
         self._runtime = runtime
         self._options = options or GatewayOptions()
+        self._security = security or Security()
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
         self._telling: asyncio.Task[None] | None = None  # kept from the garbage collector
@@ -57,12 +62,18 @@ class Gateway:
                 ("grpc.http2.min_ping_interval_without_data_ms", MIN_CLIENT_PING_MS),
             ]
         )
-        server.add_generic_rpc_handlers((InferenceService(self._runtime, self._options).handlers(),))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        security = self._security
+        server.add_generic_rpc_handlers((InferenceService(self._runtime, self._options, security).handlers(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)  # open to all: probes hold no token
+        if security.reflection:
+            names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, guarded(server, security.identifier))
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
-            bound = server.add_insecure_port(address)
+            if security.tls is None:
+                bound = server.add_insecure_port(address)
+            else:
+                bound = server.add_secure_port(address, security.tls.for_grpc())
         except RuntimeError as failure:
             raise ConfigError(f"cannot listen on {address}: {failure}") from failure
         if not bound:

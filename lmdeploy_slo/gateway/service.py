@@ -7,13 +7,16 @@ defect, and a token is on the wire with the least work between.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 from grpc_status import rpc_status
 
+from lmdeploy_slo.core.request import ClientId
 from lmdeploy_slo.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -21,18 +24,30 @@ from lmdeploy_slo.errors import (
     EngineUnavailable,
     FieldViolation,
     InvalidRequest,
+    Rejected,
     RequestError,
     RequestNotFound,
+    Unauthenticated,
 )
 from lmdeploy_slo.gateway import encoding, metadata
+from lmdeploy_slo.gateway.identity import authorization_of, name_in_auth_context
 from lmdeploy_slo.gateway.metadata import Aliases, read_aliases
 from lmdeploy_slo.gateway.options import GatewayOptions
+from lmdeploy_slo.gateway.security import Security, caller
 from lmdeploy_slo.gateway.status import internal_error, to_status
 from lmdeploy_slo.gateway.telling import to_explanation, to_load
-from lmdeploy_slo.gateway.validation import accept
+from lmdeploy_slo.gateway.validation import (
+    MAX_ID_CHARS,
+    Accepted,
+    accept,
+    carries_objective,
+    fairness_id_of,
+    priority_class_of,
+)
 from lmdeploy_slo.runtime.runtime import Runtime
 from lmdeploy_slo.runtime.stream import Completion, Encoder, RequestStream
 from lmdeploy_slo.scheduling.admission import unmet_objectives
+from lmdeploy_slo.scheduling.limits import Ticket
 from lmdeploy_slo.v1 import inference_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -47,9 +62,10 @@ _Rpc = Callable[[bytes, _Context], Awaitable[bytes]]
 class InferenceService:
     """The service on a started runtime."""
 
-    def __init__(self, runtime: Runtime, options: GatewayOptions) -> None:
+    def __init__(self, runtime: Runtime, options: GatewayOptions, security: Security | None = None) -> None:
         self._runtime = runtime
         self._options = options
+        self._identifier = (security or Security()).identifier
         self._clock = runtime.clock
         self._encode = encoding.EventEncoder().encode
         self._ready_at_s = runtime.clock.now_s()
@@ -66,7 +82,7 @@ class InferenceService:
             "Explain": self.explain,
         }
         methods: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
-            name: grpc.unary_unary_rpc_method_handler(_guarded(rpc)) for name, rpc in unary.items()
+            name: grpc.unary_unary_rpc_method_handler(self._guarded(rpc)) for name, rpc in unary.items()
         }
         methods["GenerateStream"] = grpc.unary_stream_rpc_method_handler(self.generate_stream)
         return grpc.method_handlers_generic_handler(SERVICE_NAME, methods)
@@ -86,6 +102,7 @@ class InferenceService:
         completion: Completion | None = None
         write = context.write
         try:
+            self._identify(context)
             stream = await self._submit(data, context, self._encode)
             while completion is None:
                 messages, completion = await stream.ready()
@@ -111,19 +128,50 @@ class InferenceService:
         if passed_on:
             context.set_trailing_metadata(passed_on)
         traceparent = aliases.get(metadata.TRACEPARENT)
+        refused = partial(self._runtime.journal.refused, arrival_at_s=arrival_at_s, traceparent=traceparent)
         try:
             request = _parse(pb.GenerateRequest, data)
-            accepted = await accept(request, aliases, self._runtime.engine, self._options, arrival_at_s=arrival_at_s)
-        except RequestError as refusal:
-            self._runtime.journal.refused(refusal, arrival_at_s=arrival_at_s, traceparent=traceparent, malformed=True)
+        except InvalidRequest as refusal:
+            refused(refusal, malformed=True)
             raise
+        try:
+            ticket = self._enter(request, aliases)
+        except RequestError as refusal:
+            refused(refusal, with_slo=carries_objective(request, aliases, self._options))
+            raise
+        try:
+            accepted = await self._accept(request, aliases, ticket, arrival_at_s)
+        except RequestError as refusal:
+            refused(refusal, malformed=True)
+            raise
+        if accepted.clamped:
+            context.set_trailing_metadata((*passed_on, (metadata.CLAMPED, ",".join(accepted.clamped))))
         return self._runtime.submit(
             accepted.spec,
             accepted.engine_request,
             deadline_at_s=None if remaining_s is None else arrival_at_s + remaining_s,
             encode=encode,
+            ticket=ticket,
             traceparent=traceparent,
         )
+
+    def _enter(self, request: pb.GenerateRequest, aliases: Aliases, *, queues: bool = True) -> Ticket:
+        """Before anything is done for it: whether its client may send it now."""
+        fairness_id = fairness_id_of(request, aliases)[:MAX_ID_CHARS]
+        client = self._runtime.limiter.policies().client_of(caller.get(), fairness_id)
+        return self._runtime.enter(client, priority_class_of(request), queues=queues)
+
+    async def _accept(
+        self, request: pb.GenerateRequest, aliases: Aliases, ticket: Ticket, arrival_at_s: float, prefix: str = ""
+    ) -> Accepted:
+        """Checked, and with its claims as its client may make them; where it is refused its ticket has left."""
+        engine, options = self._runtime.engine, self._options
+        try:
+            accepted = await accept(request, aliases, engine, options, arrival_at_s=arrival_at_s, prefix=prefix)
+        except BaseException:
+            ticket.leave(0, self._clock.now_s())
+            raise
+        return accepted.of(ticket.client, ticket.policy)
 
     async def predict(self, data: bytes, context: _Context) -> bytes:
         request = _parse(pb.PredictRequest, data)
@@ -136,20 +184,15 @@ class InferenceService:
                 else EngineUnavailable("the engine is not running")
             )
         request.request.ClearField("emulation")
-        accepted = await accept(
-            request.request,
-            read_aliases(context.invocation_metadata()),
-            self._runtime.engine,
-            self._options,
-            arrival_at_s=self._clock.now_s(),
-            prefix="request.",
-        )
+        aliases = read_aliases(context.invocation_metadata())
+        ticket = self._enter(request.request, aliases, queues=False)
+        accepted = await self._accept(request.request, aliases, ticket, self._clock.now_s(), prefix="request.")
         slo = accepted.spec.slo
         expected = self._runtime.predict(accepted.spec)
         unmet = unmet_objectives(slo, expected)
-        bound = self._options.max_queued_requests
-        if bound is not None and slo.has_objective and self._runtime.load().waiting >= bound:
-            unmet.insert(0, f"the queue is full: {bound} requests are waiting")
+        refusal = self._refusal(ticket, accepted.spec.prompt_tokens + math.ceil(expected.output_tokens))
+        if refusal is not None and slo.has_objective:
+            unmet.insert(0, refusal)
         response = pb.PredictResponse(
             predicted=encoding.to_prediction(expected),
             queue_position=expected.queue_position,
@@ -160,11 +203,25 @@ class InferenceService:
             response.would_meet_slo = not unmet
         return response.SerializeToString()
 
+    def _refusal(self, ticket: Ticket, tokens: int) -> str | None:
+        """Why a request of so many tokens would not be taken, None where it would; its ticket leaves."""
+        now_s = self._clock.now_s()
+        try:
+            ticket.check(tokens, now_s)
+        except Rejected as refusal:
+            return str(refusal)
+        finally:
+            ticket.leave(0, now_s)
+        bound = self._options.max_queued_requests
+        full = bound is not None and self._runtime.load().waiting >= bound
+        return f"the queue is full: {bound} requests are waiting" if full else None
+
     async def abort(self, data: bytes, context: _Context) -> bytes:
         request = _parse(pb.AbortRequest, data)
         if not 1 <= len(request.request_id) <= 128:
             raise InvalidRequest([FieldViolation("request_id", "must be 1 to 128 characters")])
-        return pb.AbortResponse(aborted=self._runtime.abort(request.request_id)).SerializeToString()
+        aborted = self._runtime.abort(request.request_id, of=self._may_touch())
+        return pb.AbortResponse(aborted=aborted).SerializeToString()
 
     # -- questions ------------------------------------------------------------
 
@@ -202,10 +259,40 @@ class InferenceService:
         request = _parse(pb.ExplainRequest, data)
         if not 1 <= len(request.request_id) <= 128:
             raise InvalidRequest([FieldViolation("request_id", "must be 1 to 128 characters")])
-        told = self._runtime.journal.explain(request.request_id)
+        told = self._runtime.journal.explain(request.request_id, of=self._may_touch())
         if told is None:
             raise RequestNotFound(f"nothing is remembered of a request {request.request_id!r}")
         return to_explanation(told).SerializeToString()
+
+    # -- who calls ------------------------------------------------------------
+
+    def _identify(self, context: _Context) -> None:
+        """Sets `caller`. Raises Unauthenticated."""
+        identifier = self._identifier
+        if identifier.certain:
+            authorization = authorization_of(context.invocation_metadata())
+            try:
+                caller.set(identifier.name_of(authorization, lambda: name_in_auth_context(context.auth_context())))
+            except Unauthenticated as refusal:
+                self._runtime.journal.refused(refusal, malformed=True)
+                raise
+
+    def _may_touch(self) -> str | None:
+        """The client whose requests the caller may look at and end; None: anybody's."""
+        name = caller.get()
+        return None if name is None or self._runtime.limiter.policies().of(ClientId(name)).operator else name
+
+    def _guarded(self, rpc: _Rpc) -> _Rpc:
+        """Lets those in who may call, and has the client told of whatever the RPC raises."""
+
+        async def guarded(data: bytes, context: _Context) -> bytes:
+            try:
+                self._identify(context)
+                return await rpc(data, context)
+            except Exception as error:
+                return await _tell(error, context)
+
+        return guarded
 
 
 def _parse(kind: type[_M], data: bytes) -> _M:
@@ -231,18 +318,6 @@ def _passed_on(aliases: Aliases) -> tuple[tuple[str, str], ...]:
     """The caller's request and trace ids, which go back to it with the status, whatever that will be."""
     values = ((name, aliases.get(name)) for name in (metadata.REQUEST_ID, metadata.TRACEPARENT))
     return tuple((name, value) for name, value in values if value is not None)
-
-
-def _guarded(rpc: _Rpc) -> _Rpc:
-    """Has the client told of whatever the RPC raises."""
-
-    async def guarded(data: bytes, context: _Context) -> bytes:
-        try:
-            return await rpc(data, context)
-        except Exception as error:
-            return await _tell(error, context)
-
-    return guarded
 
 
 async def _tell(error: Exception, context: _Context) -> NoReturn:
