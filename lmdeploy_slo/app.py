@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from lmdeploy_slo import __version__
 from lmdeploy_slo.clock import Clock, MonotonicClock
-from lmdeploy_slo.config import Config, EngineKind
+from lmdeploy_slo.config import Config, EngineKind, LogFormat
 from lmdeploy_slo.core.snapshot import EngineLimits
 from lmdeploy_slo.engine.base import Engine
 from lmdeploy_slo.engine.emulated import EmulatedEngine
@@ -28,9 +28,12 @@ from lmdeploy_slo.errors import ConfigError, MissingExtra
 from lmdeploy_slo.frontend.openai_door import HttpServer, build_http_app
 from lmdeploy_slo.gateway.options import GatewayOptions
 from lmdeploy_slo.gateway.server import Gateway
+from lmdeploy_slo.observability.logs import set_up_logs
+from lmdeploy_slo.observability.watch import Watch, WatchOptions
 from lmdeploy_slo.prediction.length import TaskLengthPredictor
 from lmdeploy_slo.prediction.profiles import load_profile
-from lmdeploy_slo.runtime.runtime import Runtime, RuntimeOptions
+from lmdeploy_slo.runtime.live import RuntimeOptions
+from lmdeploy_slo.runtime.runtime import Runtime
 from lmdeploy_slo.scheduling.policy import SearchBudget, make_policy, policy_names
 from lmdeploy_slo.scheduling.scheduler import Scheduler
 
@@ -41,13 +44,15 @@ _REPORTED = ("grpcio", "protobuf", "numpy", "numba", "lmdeploy", "torch")
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server that takes requests at `address` (host:port), and over HTTP at `http_address` where it is asked to."""
+    """A server that takes requests at `address` (host:port), and over HTTP at `http_address` where it is asked to;
+    likewise its metrics."""
 
     config: Config
     runtime: Runtime
     gateway: Gateway
     address: str
     http_address: str | None = None
+    metrics_address: str | None = None
 
     def __str__(self) -> str:
         engine, info = self.config.engine, self.runtime.engine.info
@@ -56,6 +61,7 @@ class Server:
             f"{info.name} engine, tokens are synthetic" if info.synthetic else f"{info.model} on {info.name}{device}"
         )
         http = "" if self.http_address is None else f"; HTTP on {self.http_address}"
+        http += "" if self.metrics_address is None else f"; metrics on {self.metrics_address}"
         return f"{self.address} ({serves}; profile {engine.profile}; policy {self.runtime.policy.name}{http})"
 
 
@@ -130,7 +136,11 @@ def build_runtime(config: Config, engine: Engine, clock: Clock) -> Runtime:
         lengths=TaskLengthPredictor(),
         max_queued_requests=options.max_queued_requests,
     )
-    runtime_options = RuntimeOptions(flush_interval_s=config.stream.flush_interval_ms / 1e3, shed=options.shed)
+    runtime_options = RuntimeOptions(
+        flush_interval_s=config.stream.flush_interval_ms / 1e3,
+        shed=options.shed,
+        explain_requests=config.observability.explain_requests,
+    )
     return Runtime(engine, scheduler, policy, clock, runtime_options)
 
 
@@ -148,6 +158,18 @@ def gateway_options(config: Config) -> GatewayOptions:
     )
 
 
+def watch_options(config: Config, runtime: Runtime) -> WatchOptions:
+    """What is told of the server."""
+    options, info = config.observability, runtime.engine.info
+    return WatchOptions(
+        metrics_host=options.metrics_host or config.server.host,
+        metrics_port=options.metrics_port,
+        otlp_traces_endpoint=options.otlp_traces_endpoint,
+        log_requests=options.log_requests,
+        info={"version": __version__, "policy": runtime.policy.name, "engine": info.name, "model": info.model},
+    )
+
+
 @asynccontextmanager
 async def serving(config: Config, clock: Clock | None = None) -> AsyncIterator[Server]:
     """A server that takes requests inside the block: engine started, policy compiled, port bound.
@@ -157,23 +179,27 @@ async def serving(config: Config, clock: Clock | None = None) -> AsyncIterator[S
     """
     clock = clock or MonotonicClock()
     runtime = build_runtime(config, build_engine(config, clock), clock)
+    runtime.journal.know_tasks(config.tasks)
     gateway = Gateway(runtime, gateway_options(config))
+    watch = Watch(runtime, watch_options(config, runtime))
     http: HttpServer | None = None
     http_address: str | None = None
     try:
         await runtime.start()
+        watch.start()
         port = await gateway.start(config.server.host, config.server.port)
         host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
         if config.server.http_port is not None:
             routes = build_http_app(runtime, task_slos={name: task.slo for name, task in config.tasks.items()})
             http = HttpServer(routes, config.server.host, config.server.http_port)
             http_address = f"{host}:{await http.start()}"
-        yield Server(config, runtime, gateway, f"{host}:{port}", http_address)
+        yield Server(config, runtime, gateway, f"{host}:{port}", http_address, watch.metrics_address)
     finally:
         await gateway.close()
         if http is not None:
             await http.close()
         await runtime.close()
+        await watch.close()
 
 
 async def serve(config: Config, announce: Callable[[str], None]) -> None:
@@ -206,7 +232,12 @@ async def serve(config: Config, announce: Callable[[str], None]) -> None:
 
 def run(config: Config, announce: Callable[[str], None]) -> None:
     """`serve` on an event loop of its own (uvloop where there is one), with logs on stderr."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logs = config.observability
+    set_up_logs(
+        as_json=logs.log_format is LogFormat.JSON,
+        level=getattr(logging, logs.log_level.name),
+        content=logs.log_content,
+    )
     if sys.platform == "win32":
         asyncio.run(serve(config, announce))
     else:

@@ -7,6 +7,8 @@
     [engine.turbomind]  further fields of LMDeploy's TurbomindEngineConfig, by its names
     [scheduler]       policy, seed, plan_budget_ms, max_queued_requests, queue_timeout_ms, shed
     [stream]          flush_interval_ms
+    [observability]   metrics_port, metrics_host, otlp_traces_endpoint, log_format, log_level, log_requests,
+                      log_content, explain_requests
     [tasks.NAME]      ttft_ms, tpot_ms, e2e_ms: objectives of requests that name this task and carry none
 
 `engine.max_batch_size` is LMDEPLOY_SLO_ENGINE_MAX_BATCH_SIZE in the environment and --max-batch-size as a flag;
@@ -56,6 +58,22 @@ class EngineKind(str, Enum):
 
     EMULATED = "emulated"
     LMDEPLOY = "lmdeploy"
+
+
+class LogFormat(str, Enum):
+    """How a line of the log looks."""
+
+    HUMAN = "human"
+    JSON = "json"
+
+
+class LogLevel(str, Enum):
+    """The least that is logged."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
 
 
 def _choice_of(choices: type[Enum]) -> Callable[[object], Enum]:
@@ -155,6 +173,24 @@ class StreamConfig(_Section):
     flush_interval_ms: float = Field(default=7.0, ge=0, le=1000)
 
 
+class ObservabilityConfig(_Section):
+    """What is told of the server, and to whom. Unset metrics_port: no metrics; 0: a free one. Unset metrics_host: the
+    server's. otlp_traces_endpoint: http:// or https:// URL of an OpenTelemetry collector; unset: no traces.
+
+    log_requests: a line for each request, not only for those the engine failed. log_content: exceptions are logged in
+    full though they may quote a prompt. explain_requests: so many that have ended can be explained.
+    """
+
+    metrics_host: str | None = Field(default=None, min_length=1)
+    metrics_port: int | None = Field(default=None, ge=0, le=65535)
+    otlp_traces_endpoint: str | None = Field(default=None, pattern="^https?://[^/]+/?$")
+    log_format: Annotated[LogFormat, BeforeValidator(_choice_of(LogFormat))] = LogFormat.HUMAN
+    log_level: Annotated[LogLevel, BeforeValidator(_choice_of(LogLevel))] = LogLevel.INFO
+    log_requests: bool = False
+    log_content: bool = False
+    explain_requests: int = Field(default=4096, ge=0, le=1_000_000)
+
+
 class TaskConfig(_Section):
     """Objectives of a task; at least one."""
 
@@ -182,6 +218,7 @@ class _Sections(_Section):
     engine: EngineConfig = EngineConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     stream: StreamConfig = StreamConfig()
+    observability: ObservabilityConfig = ObservabilityConfig()
     tasks: dict[TaskName, TaskConfig] = Field(default_factory=dict)
 
 

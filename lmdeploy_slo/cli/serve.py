@@ -76,6 +76,17 @@ def serve(
     http_port: int | None = _option(
         "server.http_port", "Port of LMDeploy's own HTTP routes (OpenAI's among them); 0: a free one."
     ),
+    metrics_port: int | None = _option("observability.metrics_port", "Port of Prometheus metrics; 0: a free one."),
+    metrics_host: str | None = _option("observability.metrics_host", "Address of the metrics; none: that of --host."),
+    otlp_traces_endpoint: str | None = _option(
+        "observability.otlp_traces_endpoint", "OpenTelemetry collector that traces go to, such as http://host:4317."
+    ),
+    log_format: str | None = _option("observability.log_format", "human or json."),
+    log_level: str | None = _option("observability.log_level", "debug, info, warning or error."),
+    log_requests: bool = typer.Option(False, "--log-requests", help="Log a line for each request at its end."),
+    log_content: bool = typer.Option(
+        False, "--log-content", help="Log exceptions in full, though they may quote a prompt."
+    ),
     drain_grace_s: float | None = _option("server.drain_grace_s", "How long a shutdown waits for running requests."),
     config: Path | None = typer.Option(
         None, help="TOML file; environment variables and flags overrule it.", show_default=False
@@ -112,6 +123,13 @@ def serve(
         "server.port": port,
         "server.http_port": http_port,
         "server.drain_grace_s": drain_grace_s,
+        "observability.metrics_port": metrics_port,
+        "observability.metrics_host": metrics_host,
+        "observability.otlp_traces_endpoint": otlp_traces_endpoint,
+        "observability.log_format": log_format,
+        "observability.log_level": log_level,
+        "observability.log_requests": log_requests or None,
+        "observability.log_content": log_content or None,
     }
     for field in turbomind:
         key, equals, value = field.partition("=")

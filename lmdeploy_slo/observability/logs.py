@@ -12,7 +12,6 @@ import sys
 import traceback
 from collections.abc import Iterator
 from datetime import datetime, timezone
-from enum import Enum
 from typing import Any, TextIO
 
 from lmdeploy_slo.core.request import EndStatus
@@ -26,36 +25,15 @@ _WITH_REQUESTS = tuple(f"lmdeploy_slo.{part}" for part in ("gateway", "runtime",
 _OF_ANY_RECORD = frozenset((*vars(logging.makeLogRecord({})), "message", "asctime"))
 
 
-class LogFormat(str, Enum):
-    """How a line of the log looks."""
-
-    HUMAN = "human"
-    JSON = "json"
-
-
-class LogLevel(str, Enum):
-    """The least that is logged."""
-
-    DEBUG = "debug"
-    INFO = "info"
-    WARNING = "warning"
-    ERROR = "error"
-
-
 def set_up_logs(
-    log_format: LogFormat = LogFormat.HUMAN,
-    level: LogLevel = LogLevel.INFO,
-    *,
-    content: bool = False,
-    stream: TextIO | None = None,
+    *, as_json: bool = False, level: int = logging.INFO, content: bool = False, stream: TextIO | None = None
 ) -> None:
     """Logs of the whole process go to `stream` (None: stderr) from now on. The level is that of this package; of others
     DEBUG is left out. content: exceptions are told in full, whatever they quote."""
     handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter((JsonFormatter if log_format is LogFormat.JSON else HumanFormatter)(content=content))
-    number = getattr(logging, level.name)
-    logging.basicConfig(level=max(number, logging.INFO), handlers=[handler], force=True)
-    logging.getLogger("lmdeploy_slo").setLevel(number)
+    handler.setFormatter((JsonFormatter if as_json else HumanFormatter)(content=content))
+    logging.basicConfig(level=max(level, logging.INFO), handlers=[handler], force=True)
+    logging.getLogger("lmdeploy_slo").setLevel(level)
 
 
 class HumanFormatter(logging.Formatter):

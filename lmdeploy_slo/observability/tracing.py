@@ -14,6 +14,7 @@ holds a prompt, an answer, or who asked.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from opentelemetry.sdk.resources import Resource
@@ -30,6 +31,9 @@ from lmdeploy_slo.runtime.observer import AppliedPlan, EndedRequest, Refusal
 SERVICE_NAME = "lmdeploy_slo"
 SPAN_NAME = "generate"
 
+FLUSH_S = 5.0
+"""So long the end of a server waits for a collector to take the last traces."""
+
 _PROPAGATOR = TraceContextTextMapPropagator()
 
 
@@ -41,7 +45,7 @@ class Tracing:
         resource = Resource.create(attributes)
         if str(resource.attributes.get("service.name", "")).startswith("unknown_service"):  # OTEL_SERVICE_NAME wins
             resource = resource.merge(Resource({"service.name": SERVICE_NAME}))
-        self._provider = TracerProvider(resource=resource)
+        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(processor)
         self._tracer: Tracer = self._provider.get_tracer("lmdeploy_slo", version or None)
         self._clock = clock
@@ -100,8 +104,10 @@ class Tracing:
         """Plans have metrics."""
 
     def close(self) -> None:
-        """Sends what is still here; may take some seconds. To be called from a thread."""
-        self._provider.shutdown()
+        """Sends what is still here, for `FLUSH_S` at most; to be called from a thread."""
+        flushing = threading.Thread(target=self._provider.shutdown, name="traces", daemon=True)
+        flushing.start()
+        flushing.join(FLUSH_S)
 
     # -- inside ---------------------------------------------------------------
 
