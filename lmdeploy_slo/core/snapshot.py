@@ -31,6 +31,7 @@ ROW_DTYPE = np.dtype(
         ("first_token_at_s", np.float64),  # nan until then
         ("generated_tokens", np.float64),
         ("length_sigma", np.float64),  # relative spread of the length forecast (sigma of its logarithm)
+        ("cached_tokens", np.float64),  # of the prompt, expected in the prefix cache: not prefilled, but read each step
     ]
 )
 

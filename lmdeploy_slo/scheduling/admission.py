@@ -4,6 +4,8 @@ A rough model, made from one snapshot and the step model alone. It assumes that 
 and that a new request goes behind all waiting requests of its tier or a higher one, whatever the policy would do.
 Policies that hold requests back, or let this one overtake, do better or worse than it says.
 
+Prompts count without what is expected in the prefix cache, contexts with it.
+
 With R requests running, A waiting ahead and B the cap, r_i the tokens still to come of each running request, o and l
 outputs and prompts, and b = min(B, R + W + 1) sequences decoding:
 
@@ -81,14 +83,14 @@ class Outlook:
         nobody = np.empty(0, ROW_DTYPE)
         return cls(Snapshot(0.0, nobody, nobody, limits, model))
 
-    def add(self, spec: RequestSpec, output_tokens: float) -> None:
-        """One more request waits."""
+    def add(self, spec: RequestSpec, output_tokens: float, cached_tokens: float = 0.0) -> None:
+        """One more request waits; so much of its prompt is expected in the prefix cache."""
         self._ahead_requests[spec.priority_class] += 1
         self._ahead_output_tokens[spec.priority_class] += output_tokens
         self._context_tokens += spec.prompt_tokens + output_tokens / 2
-        self._waiting_prefill_s += self._model.prefill_stall_s(spec.prompt_tokens)
+        self._waiting_prefill_s += self._model.prefill_stall_s(spec.prompt_tokens - cached_tokens)
 
-    def forecast(self, spec: RequestSpec, output_tokens: float) -> Forecast:
+    def forecast(self, spec: RequestSpec, output_tokens: float, cached_tokens: float = 0.0) -> Forecast:
         """The model above for a request that arrives now and was not added."""
         model, cap, running = self._model, self._cap, len(self._remaining_steps)
         waiting = sum(self._ahead_requests)
@@ -104,7 +106,7 @@ class Outlook:
             step_s += self._waiting_prefill_s / waiting * batch / max(1.0, mean_output_tokens)
 
         queue_s = self._start_steps(ahead, sum(self._ahead_output_tokens[spec.priority_class :])) * step_s
-        ttft_s = queue_s + self._prefill_first_s + model.prefill_stall_s(spec.prompt_tokens) + decode_s
+        ttft_s = queue_s + self._prefill_first_s + model.prefill_stall_s(spec.prompt_tokens - cached_tokens) + decode_s
         return Forecast(
             output_tokens=output_tokens,
             queue_position=ahead,
@@ -140,4 +142,4 @@ def unmet_objectives(slo: Slo, expected: Forecast) -> list[str]:
 
 def _context_tokens(rows: Rows) -> float:
     """Tokens in the KV cache of each request halfway through its output, summed."""
-    return float((rows["prompt_tokens"] + rows["output_tokens"] / 2).sum())
+    return float((rows["prompt_tokens"] + rows["cached_tokens"] + rows["output_tokens"] / 2).sum())

@@ -8,7 +8,8 @@ Keys, on predictions (l prompt, o predicted output tokens, model coefficients as
     edf   arrival + the smallest of e2e and ttft
     llf   the latest start that still meets every objective
 
-Step time is that of the sequences that decode now, of one where none do; the share of c0 is that of a batch of 64.
+Prompts count without what is expected in the prefix cache, contexts with it. Step time is that of the sequences that
+decode now, of one where none do; the share of c0 is that of a batch of 64.
 With `feasible_first`, requests that can no longer meet their SLO go last, in order of engine time.
 """
 
@@ -37,8 +38,8 @@ def prefill_s(rows: Rows, model: StepModel) -> Column:
 
 def engine_time_s(rows: Rows, model: StepModel, batch_size: float = REFERENCE_BATCH) -> Column:
     """g: the engine's time a request needs, seconds, where `batch_size` sequences share the fixed cost of a step."""
-    prompt, output = rows["prompt_tokens"], rows["output_tokens"]
-    per_token = model.d1 + model.d2 * (prompt + output / 2) + model.c0 / batch_size
+    output, context = rows["output_tokens"], rows["prompt_tokens"] + rows["cached_tokens"] + rows["output_tokens"] / 2
+    per_token = model.d1 + model.d2 * context + model.c0 / batch_size
     return np.asarray(prefill_s(rows, model) + output * per_token)
 
 
@@ -46,7 +47,7 @@ def step_time_s(snapshot: Snapshot) -> float:
     """Duration of a pure decode step of what runs now (of one sequence where nothing runs), seconds."""
     running = snapshot.running
     decoding = running[running["generated_tokens"] > 0]
-    context = float(np.sum(decoding["prompt_tokens"] + decoding["generated_tokens"]))
+    context = float(np.sum(decoding["prompt_tokens"] + decoding["cached_tokens"] + decoding["generated_tokens"]))
     return snapshot.model.step_s(0, 0, max(1, len(decoding)), context)
 
 

@@ -23,6 +23,7 @@ from lmdeploy_slo.core.request import RequestSpec
 from lmdeploy_slo.core.snapshot import EngineLimits, Snapshot
 from lmdeploy_slo.errors import QueueFull
 from lmdeploy_slo.prediction.length import LengthForecast, LengthPredictor
+from lmdeploy_slo.prediction.prefix import PrefixPredictor
 from lmdeploy_slo.scheduling.policy import Policy
 from lmdeploy_slo.scheduling.row_table import RowTable
 
@@ -50,7 +51,11 @@ class SchedulerStatistics:
 
 
 class Scheduler:
-    """Not thread-safe: all calls from one thread. Snapshots may be read from any thread."""
+    """Not thread-safe: all calls from one thread. Snapshots may be read from any thread.
+
+    model: what is believed of the engine; may be replaced at any time, and holds for the next snapshot. prefixes: what
+    is believed of its prefix cache; None: nothing is in it.
+    """
 
     def __init__(
         self,
@@ -58,11 +63,13 @@ class Scheduler:
         limits: EngineLimits,
         model: StepModel,
         lengths: LengthPredictor,
+        prefixes: PrefixPredictor | None = None,
         max_queued_requests: int | None = None,
     ) -> None:
         self.limits = limits
         self.model = model
         self._lengths = lengths
+        self._prefixes = prefixes
         self._max_queued = max_queued_requests
         self._numbers = itertools.count(1)
         self._waiting = RowTable()
@@ -112,11 +119,20 @@ class Scheduler:
         """Every running request that has emitted a token before emitted `count` more: as many calls of `on_tokens`."""
         self._running.add_where_positive("generated_tokens", count)
 
-    def finish(self, handle: int, output_tokens: int) -> None:
-        """A running request ran to its end with `output_tokens`: its slot is free, its length is learnt."""
+    def on_cached(self, handle: int, cached_tokens: int, at_s: float) -> None:
+        """The engine tells, with the first token, how much of a request's prompt was in the prefix cache."""
+        spec = self._specs.get(handle)
+        if self._prefixes is not None and spec is not None:
+            self._prefixes.observe(spec, cached_tokens, at_s)
+
+    def finish(self, handle: int, output_tokens: int, at_s: float | None = None) -> None:
+        """A running request ran to its end with `output_tokens`: its slot is free, its length is learnt, and, where
+        the instant is told, that the next turn of its conversation may find it in the prefix cache."""
         spec = self._specs[handle]
         if self.drop(handle):
             self._lengths.observe(spec, output_tokens)
+            if self._prefixes is not None and at_s is not None:
+                self._prefixes.finish(spec, output_tokens, at_s)
 
     # -- planning -------------------------------------------------------------
 
@@ -188,6 +204,10 @@ class Scheduler:
         """The output length this request would be planned with."""
         return self._lengths.predict(spec)
 
+    def expected_cached_tokens(self, spec: RequestSpec) -> float:
+        """How much of its prompt this request would be planned with as being in the prefix cache."""
+        return 0.0 if self._prefixes is None else self._prefixes.predict(spec)
+
     @property
     def free_slots(self) -> int:
         """How many more requests may be dispatched before the engine is at its cap."""
@@ -214,12 +234,13 @@ class Scheduler:
 
     def _row(self, handle: int, spec: RequestSpec) -> tuple[float, ...]:
         forecast = self._lengths.predict(spec)
+        cached_tokens = self.expected_cached_tokens(spec)
         slo = spec.slo
         return (
             handle,
             int(spec.priority_class),
             spec.arrival_at_s,
-            spec.prompt_tokens,
+            spec.prompt_tokens - cached_tokens,
             forecast.tokens,
             math.inf if slo.ttft_s is None else slo.ttft_s,
             math.inf if slo.tpot_s is None else slo.tpot_s,
@@ -228,4 +249,5 @@ class Scheduler:
             math.nan,
             0.0,
             forecast.sigma,
+            cached_tokens,
         )

@@ -61,8 +61,9 @@ class SlackGuardPolicy:
     def plan(self, snapshot: Snapshot) -> Plan:
         order = rule_order(snapshot, "swf", feasible_first=True)
         waiting, running = snapshot.waiting[order], snapshot.running
-        context = float(np.sum(running["prompt_tokens"] + running["generated_tokens"]))
-        slack = running_slack_s(snapshot, len(running) + 1, context + float(np.mean(waiting["prompt_tokens"])))
+        context = float(np.sum(running["prompt_tokens"] + running["cached_tokens"] + running["generated_tokens"]))
+        newcomer = float(np.mean(waiting["prompt_tokens"] + waiting["cached_tokens"]))
+        slack = running_slack_s(snapshot, len(running) + 1, context + newcomer)
         at_stake = slack[slack > 0]
         budget_s = self._safety * float(np.min(at_stake)) if len(at_stake) else np.inf
         stalls_s = np.cumsum(prefill_s(waiting, snapshot.model))

@@ -69,6 +69,7 @@ def make_rows(*rows: Mapping[str, float]) -> Rows:
             "first_token_at_s": math.nan,
             "generated_tokens": 0.0,
             "length_sigma": 0.3,
+            "cached_tokens": 0.0,
         }
         unknown = row.keys() - defaults.keys()
         if unknown:
