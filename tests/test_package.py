@@ -26,8 +26,10 @@ NOT_BASE = (
     "lmdeploy_slo.engine.ray",
     "lmdeploy_slo.engine.transformers",
     "lmdeploy_slo.observability.tracing",
+    "lmdeploy_slo.offline.html_page",
     "lmdeploy_slo.offline.html_report",
     "lmdeploy_slo.offline.plots",
+    "lmdeploy_slo.offline.profiler.page",
     "lmdeploy_slo.testing.engine_contract",
 )
 
