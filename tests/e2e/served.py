@@ -15,16 +15,23 @@ from scripted_engine import WAIT_S, ScriptedEngine, make_runtime
 from lmdeploy_slo.clock import MonotonicClock
 from lmdeploy_slo.core.snapshot import EngineLimits
 from lmdeploy_slo.gateway.options import GatewayOptions
+from lmdeploy_slo.gateway.security import Security
 from lmdeploy_slo.gateway.server import Gateway
 from lmdeploy_slo.v1 import inference_pb2 as pb
 from lmdeploy_slo.v1 import inference_pb2_grpc
 
 
 class Served:
-    def __init__(self, engine: Any, gateway_options: GatewayOptions | None = None, **runtime_options: Any) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        gateway_options: GatewayOptions | None = None,
+        security: Security | None = None,
+        **runtime_options: Any,
+    ) -> None:
         self.engine = engine
         self.runtime = make_runtime(engine, MonotonicClock(), **runtime_options)
-        self.gateway = Gateway(self.runtime, gateway_options)
+        self.gateway = Gateway(self.runtime, gateway_options, security)
 
     async def start(self) -> None:
         await self.runtime.start()
@@ -63,12 +70,13 @@ async def served(
     *,
     batch_size: int = 256,
     gateway_options: GatewayOptions | None = None,
+    security: Security | None = None,
     engine: Any = None,
     info: dict[str, Any] | None = None,
     **runtime_options: Any,
 ) -> AsyncIterator[Served]:
     engine = engine or ScriptedEngine(MonotonicClock(), limits=EngineLimits(max_batch_size=batch_size), **(info or {}))
-    server = Served(engine, gateway_options, **runtime_options)
+    server = Served(engine, gateway_options, security, **runtime_options)
     await server.start()
     try:
         yield server
