@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 import lmdeploy_slo
 from lmdeploy_slo.config import Config, EngineKind, load, traces_dir
+from lmdeploy_slo.core.clients import ClientPolicy
 from lmdeploy_slo.core.slo import Slo
 from lmdeploy_slo.core.snapshot import EngineLimits
 from lmdeploy_slo.errors import ConfigError
@@ -123,7 +124,10 @@ def test_what_lmdeploy_alone_reads_is_not_ignored_by_the_emulated_engine(key: st
     [
         ("[engine]\nmax_batchsize = 3", "engine.max_batchsize is unknown; did you mean max_batch_size?"),
         ("[engines]\nkind = 'emulated'", "engines is unknown; did you mean engine?"),
-        ("port = 3", "port is unknown (known: server, engine, scheduler, stream, tasks)"),
+        (
+            "port = 3",
+            "port is unknown (known: server, engine, scheduler, stream, limits, security, observability, tasks)",
+        ),
         ("[tasks.chat]\nttft = 3", "tasks.chat.ttft is unknown; did you mean ttft_ms?"),
         ("[tasks.chat]", "tasks.chat = {}: at least one of ttft_ms, tpot_ms and e2e_ms is needed"),
         ("[tasks.chat]\nttft_ms = 0", "tasks.chat.ttft_ms = 0: input should be greater than 0"),
@@ -158,6 +162,49 @@ def test_what_is_wrong_in_the_environment(variable: str, value: str, expected: s
     text = refusal(environ={variable: value})
     assert text.startswith(f"environment variable {variable}")
     assert expected in text
+
+
+TLS = {"security.tls_cert": "c.pem", "security.tls_key": "k.pem"}
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "gateway.example"])
+@pytest.mark.parametrize(
+    ("flags", "needs"),
+    [
+        ({}, "tls_cert with tls_key, and tokens_file or tls_client_ca"),
+        (TLS, "tokens_file or tls_client_ca"),
+        ({"security.tokens_file": "tokens"}, "tls_cert with tls_key"),
+        ({**TLS, "security.tokens_file": "tokens"}, None),
+        ({**TLS, "security.tls_client_ca": "ca.pem"}, None),
+        ({"security.insecure": True}, None),
+    ],
+)
+def test_where_others_can_reach_it_strangers_are_kept_out(
+    host: str, flags: dict[str, object], needs: str | None
+) -> None:
+    flags = {"server.host": host, **flags}
+    if needs is None:
+        assert load(environ={}, flags=flags).server.host == host
+    else:
+        assert refusal(flags=flags) == f"others can reach {host}: [security] needs {needs}, or insecure (--insecure)"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])
+def test_on_loopback_all_of_it_may_be_left_out(host: str) -> None:
+    assert load(environ={}, flags={"server.host": host}).security.tls_cert is None
+
+
+def test_certificate_and_key_come_together(file: Path) -> None:
+    file.write_text('[security]\ntls_cert = "c.pem"')
+    assert "tls_cert and tls_key are set together or not at all" in refusal(file)
+    text = refusal(flags={"security.tls_client_ca": "ca.pem"})
+    assert "tls_client_ca needs tls_cert and tls_key" in text
+
+
+def test_limits_of_each_client(file: Path) -> None:
+    file.write_text("[limits]\nclient_max_streams = 3\nclient_tokens_per_s = 100")
+    policy = load(file, environ={"LMDEPLOY_SLO_LIMITS_CLIENT_BURST_TOKENS": "7"}).limits.client_policy
+    assert policy == ClientPolicy(max_streams=3, tokens_per_s=100.0, burst_tokens=7.0)
 
 
 def test_what_is_wrong_in_a_flag() -> None:
@@ -198,16 +245,21 @@ tasks = st.dictionaries(
     st.sampled_from(["ttft_ms", "tpot_ms", "e2e_ms"]), durations_ms, min_size=1, max_size=3
 )  # what one task holds
 of_any_engine = {"profile": names, "kv_tokens": st.integers(1, 2**40)}
+loopback = st.sampled_from(["127.0.0.1", "127.1.2.3", "::1", "localhost"])
 turbomind_fields = st.dictionaries(names, st.integers(0, 9) | st.booleans() | names, max_size=3)
 documents = st.fixed_dictionaries(
     {},
     optional={
-        "server": st.fixed_dictionaries({}, optional={"host": names, "port": st.integers(0, 65535)}),
+        "server": st.fixed_dictionaries({}, optional={"host": loopback, "port": st.integers(0, 65535)}),
         "engine": st.fixed_dictionaries({}, optional=of_any_engine)
         | st.fixed_dictionaries({"model": names}, optional={**of_any_engine, "turbomind": turbomind_fields}),
         "scheduler": st.fixed_dictionaries(
             {}, optional={"seed": st.integers(0, 2**63 - 1), "queue_timeout_ms": durations_ms, "policy": names}
         ),
+        "limits": st.fixed_dictionaries(
+            {}, optional={"max_streams": st.integers(1, 99), "client_tokens_per_s": st.floats(0.1, 1e6)}
+        ),
+        "security": st.fixed_dictionaries({}, optional={"tokens_file": names, "insecure": st.booleans()}),
         "stream": st.fixed_dictionaries({}, optional={"flush_interval_ms": st.floats(0, 1000)}),
         "tasks": st.dictionaries(names, tasks, max_size=3),
     },

@@ -20,6 +20,8 @@ from lmdeploy_slo.errors import ConfigError, MissingExtra, SloError
 COMMANDS = {
     "serve": "Serve a model, or the emulated engine, over gRPC.",
     "generate": "Send one prompt to a server and stream the answer.",
+    "top": "Watch a server: queue, running, SLO attainment by task, plan quality.",
+    "explain": "Tell why a request waited, what went before it and at what price.",
     "replay": "Replay recorded traces against a server and report SLO attainment.",
     "simulate": "Replay recorded traces in virtual time, without a server.",
     "compare": "Simulate many combinations in parallel and compare them in pairs.",

@@ -29,6 +29,9 @@ PLACE_GAP_S = 0.05
 PLACE_GAP_S_PER_REQUEST = 5e-5
 """The gap grows with the queue, so that remembering takes a thousandth of the time however long it is."""
 
+IDLE_GAPS = 10
+"""A plan for a full engine lets nobody go: of such plans every so many gaps one is remembered."""
+
 PLACES_TOLD, SENT_TOLD = 64, 20
 
 
@@ -89,7 +92,7 @@ class DecisionLog:
         self._facts = np.zeros((size, 4))  # at_s, rank, step_s, cost
         self._orders: list[_Order] = []
         self._entries = 0
-        self._next_order_at_s = -math.inf
+        self._next_order_at_s = self._next_idle_order_at_s = -math.inf
         self._step_s = 0.0
         self._full_s = self._held_s = 0.0  # so long in all
         self._full = self._held = False
@@ -114,7 +117,7 @@ class DecisionLog:
             self._step_s = step_time_s(snapshot)
             for dispatch in dispatches:
                 self._remember_sent(dispatch, plan, now_s)
-        if now_s >= self._next_order_at_s:
+        if now_s >= (self._next_order_at_s if snapshot.free_slots else self._next_idle_order_at_s):
             self._remember_order(now_s)
 
     def ended(self, handle: int, status: EndStatus, reason: str, slo_met: bool | None, now_s: float) -> None:
@@ -160,7 +163,7 @@ class DecisionLog:
     def _remember_order(self, now_s: float) -> None:
         handles = self._scheduler.waiting_order()
         gap_s = max(PLACE_GAP_S, PLACE_GAP_S_PER_REQUEST * len(handles))
-        self._next_order_at_s = now_s + gap_s
+        self._next_order_at_s, self._next_idle_order_at_s = now_s + gap_s, now_s + IDLE_GAPS * gap_s
         self._orders.append(_Order(now_s, handles, self._scheduler.statistics().running, self._sent, self._step_s))
         self._entries += len(handles)
         while self._entries > self._limits.entries or len(self._orders) > self._limits.orders:
