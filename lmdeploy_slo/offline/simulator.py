@@ -22,6 +22,7 @@ from lmdeploy_slo.offline.simulation.instance import NEVER_S, Instance
 from lmdeploy_slo.offline.simulation.prefix_cache import PrefixCache
 from lmdeploy_slo.offline.simulation.requests import SimulatedRequest
 from lmdeploy_slo.prediction.length import LengthPredictor, TaskLengthPredictor
+from lmdeploy_slo.prediction.prefix import PrefixPredictor
 from lmdeploy_slo.scheduling.policy import Policy
 from lmdeploy_slo.scheduling.scheduler import Scheduler
 
@@ -42,8 +43,8 @@ class Simulator:
     limits: of each instance. lengths: the length predictor, shared by all instances (default: the project's own).
     plan_latency_s: virtual seconds from a snapshot to its plan being applied, >= 0.
     prefix_cache_tokens: size of each instance's prefix cache; None for none.
-    calibrate: what the scheduler believes is refined by what the steps took, as in `serve`. drift: how the engines
-    change in mid-run.
+    calibrate: what the scheduler believes is refined by what the steps took and the prefix cache held, as in `serve`.
+    drift: how the engines change in mid-run.
     jump: False takes every step by itself; slower, with equal results.
     """
 
@@ -73,7 +74,12 @@ class Simulator:
         self.instances = [
             Instance(
                 policy(number) if callable(policy) else policy,
-                Scheduler(limits=limits, model=planner_model or model, lengths=lengths),
+                Scheduler(
+                    limits=limits,
+                    model=planner_model or model,
+                    lengths=lengths,
+                    prefixes=PrefixPredictor() if calibrate else None,
+                ),
                 PersistentBatch(model, limits),
                 self._records,
                 plan_latency_s=plan_latency_s,

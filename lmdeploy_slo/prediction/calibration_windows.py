@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lmdeploy_slo.prediction.calibration_estimator import Work
 
@@ -36,20 +36,29 @@ SHORTEST_S = 0.002
 
 @dataclass(slots=True)
 class _Prompt:
-    """A request without a first token. cached_tokens: of its prompt, expected; computed_*: ascribed to it so far, in
-    the windows that are `held` until its first token shows that this was right. doubtful: it was wrong."""
+    """A request without a first token. cached_tokens: of its prompt, expected. computed_tokens: ascribed to passes so
+    far. held: the windows of these passes, with the tokens, kept until its first token shows that this was right, and
+    how much was cached. doubtful: it was wrong."""
 
     tokens: int
     cached_tokens: float
     sent_at_s: float
     computed_tokens: float = 0.0
-    computed_square: float = 0.0
-    held: list[Work] = field(default_factory=list)
+    held: list[tuple[Work, float]] = field(default_factory=list)
     doubtful: bool = False
 
     @property
     def left_tokens(self) -> float:
-        return self.tokens - self.cached_tokens - self.computed_tokens
+        """To be computed yet, at most: once it was begun, only that it is not done says how much was cached."""
+        return self.tokens - self.computed_tokens - (0 if self.computed_tokens else self.cached_tokens)
+
+    def windows(self) -> list[Work]:
+        """Those held, with what they computed of it in the place that it has behind the cached tokens."""
+        before, windows = self.cached_tokens, []
+        for work, tokens in self.held:
+            windows.append(replace(work, prefill_square=work.prefill_square + tokens * (tokens + 2 * before)))
+            before += tokens
+        return windows
 
 
 @dataclass(slots=True)
@@ -70,10 +79,6 @@ class _Window:
     largest_batch: int = 0
     unknown: bool = False
     held: list[Work] = field(default_factory=list)
-
-    def compute(self, tokens: float, square: float) -> None:
-        self.prefill_tokens += tokens
-        self.prefill_square += square
 
 
 class StepObserver:
@@ -197,11 +202,15 @@ class StepObserver:
         if prompt is not None:
             if cached_tokens is not None:
                 prompt.cached_tokens = cached_tokens
-            square = prompt.tokens**2 - prompt.cached_tokens**2 - prompt.computed_square
-            window.compute(max(0.0, prompt.left_tokens), max(0.0, square))
+            in_cache = prompt.cached_tokens + prompt.computed_tokens
+            if prompt.doubtful or in_cache >= prompt.tokens:
+                window.unknown = True
+                self.dropped += len(prompt.held)
+            else:
+                window.prefill_tokens += prompt.tokens - in_cache
+                window.prefill_square += prompt.tokens**2 - in_cache**2
+                window.held += prompt.windows()
             window.has_first_token = True
-            window.unknown |= prompt.doubtful
-            window.held += prompt.held
             more = tokens - 1
             window.sequence_steps += more
             window.context_tokens += more * (prompt.tokens + (more - 1) / 2)
@@ -254,40 +263,39 @@ class StepObserver:
     def _end(self, window: _Window, at_s: float, passes: int, since_s: float, last_passes: int) -> None:
         """Ends the window, `passes` after it began, `last_passes` of them since `since_s`."""
         own_tokens = window.prefill_tokens
-        tell = self._on_window
         if window.held:
             if passes > math.ceil(own_tokens / self._most):  # it was not under way all the time
                 window.unknown = True
                 self.dropped += len(window.held)
             else:
                 for work in window.held:
-                    tell(work)
+                    self._on_window(work)
+        prompt, tokens = None, 0.0
         partly = self._partly_computed(own_tokens)
         if partly is not None and partly[0].sent_at_s <= max(since_s, window.begun_at_s):
             prompt, tokens = partly
             if not window.has_first_token:
                 tokens = min(tokens * last_passes, prompt.left_tokens - 1)
-            square = tokens * (tokens + 2 * (prompt.cached_tokens + prompt.computed_tokens))
             prompt.computed_tokens += tokens
-            prompt.computed_square += square
-            window.compute(tokens, square)
-            tell = prompt.held.append
+            window.prefill_tokens += tokens
         elif partly is None:
             self._doubt_overdue()
         duration_s = at_s - window.begun_at_s
         if window.unknown or passes < 1 or own_tokens > passes * self._most:
             self.dropped += 1
         elif duration_s >= SHORTEST_S:
-            tell(
-                Work(
-                    duration_s,
-                    passes,
-                    window.prefill_tokens,
-                    window.prefill_square,
-                    window.sequence_steps,
-                    window.context_tokens,
-                )
+            work = Work(
+                duration_s,
+                passes,
+                window.prefill_tokens,
+                window.prefill_square,
+                window.sequence_steps,
+                window.context_tokens,
             )
+            if prompt is None:
+                self._on_window(work)
+            else:
+                prompt.held.append((work, tokens))
         if self._decoding:
             clock = window.clock if window.clock in self._decoding else next(reversed(self._decoding))
             tokens_now = self._progress(clock)

@@ -31,8 +31,8 @@ PRIOR_WEIGHT = 2.0
 """Observations that what is believed already counts for: nothing is cached, of a task; as its task, of a conversation
 and of an age."""
 
-AGES = 6
-"""Ages are told apart by factors of 4, from below 4 seconds to above 17 minutes."""
+AGES = 11
+"""Ages are told apart by factors of 2, from below 2 seconds to above 17 minutes."""
 
 
 @dataclass(slots=True)
@@ -80,7 +80,7 @@ class PrefixPredictor:
 
     def __init__(self) -> None:
         self._tasks: OrderedDict[str, _Task] = OrderedDict()
-        self._conversations: OrderedDict[str, _Conversation] = OrderedDict()
+        self._conversations: OrderedDict[tuple[str, str], _Conversation] = OrderedDict()  # by client and its name
         self._error = _Mean()
         self.observed = 0
 
@@ -90,7 +90,7 @@ class PrefixPredictor:
         if task is None:
             return 0.0
         most = spec.prompt_tokens - 1.0
-        conversation = self._conversations.get(spec.conversation_id) if spec.conversation_id else None
+        conversation = self._conversation(spec)
         if conversation is not None:
             share = conversation.share.given(_share(task, spec.arrival_at_s - conversation.at_s))
             return share * min(most, conversation.tokens)
@@ -105,7 +105,7 @@ class PrefixPredictor:
         self._tasks[spec.task_type] = task
         if len(self._tasks) > MAX_TASKS:
             self._tasks.popitem(last=False)
-        conversation = self._conversations.get(spec.conversation_id) if spec.conversation_id else None
+        conversation = self._conversation(spec)
         most = spec.prompt_tokens - 1.0
         if conversation is not None:
             possible = min(most, conversation.tokens)
@@ -149,18 +149,22 @@ class PrefixPredictor:
             tasks[str(name)] = task
         self._tasks = tasks
 
+    def _conversation(self, spec: RequestSpec) -> _Conversation | None:
+        return self._conversations.get((spec.client.name, spec.conversation_id)) if spec.conversation_id else None
+
     def _remember(self, spec: RequestSpec, tokens: int, at_s: float) -> None:
         if not spec.conversation_id:
             return
-        conversation = self._conversations.pop(spec.conversation_id, None) or _Conversation(0, 0.0)
+        key = (spec.client.name, spec.conversation_id)
+        conversation = self._conversations.pop(key, None) or _Conversation(0, 0.0)
         conversation.tokens, conversation.at_s = tokens, at_s
-        self._conversations[spec.conversation_id] = conversation
+        self._conversations[key] = conversation
         if len(self._conversations) > MAX_CONVERSATIONS:
             self._conversations.popitem(last=False)
 
 
 def _age(seconds: float) -> int:
-    return min(AGES - 1, int(math.log(max(1.0, seconds), 4)))
+    return min(AGES - 1, int(math.log2(max(1.0, seconds))))
 
 
 def _share(task: _Task, age_s: float) -> float:

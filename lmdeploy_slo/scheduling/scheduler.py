@@ -75,6 +75,7 @@ class Scheduler:
         self._waiting = RowTable()
         self._running = RowTable()
         self._specs: dict[int, RequestSpec] = {}
+        self._turns: dict[tuple[str, str], set[int]] = {}  # (client, conversation) -> waiting handles
         self._prioritized = 0  # of them, with a priority other than 0
         self._order = np.empty(0, dtype=np.int64)  # the last plan's, for queue positions
         self._waiting_prompt_tokens = 0
@@ -90,6 +91,8 @@ class Scheduler:
         handle = next(self._numbers)
         self._waiting.insert(self._row(handle, spec))
         self._specs[handle] = spec
+        if spec.conversation_id:
+            self._turns.setdefault(_conversation(spec), set()).add(handle)
         self._prioritized += spec.priority != 0
         self._waiting_prompt_tokens += spec.prompt_tokens
         self._added += 1
@@ -99,7 +102,7 @@ class Scheduler:
         """Forgets a request that did not run to its end, waiting or running; False where it is unknown."""
         if handle in self._waiting:
             self._waiting.remove(handle)
-            self._waiting_prompt_tokens -= self._specs[handle].prompt_tokens
+            self._stop_waiting(handle)
         elif handle in self._running:
             self._running.remove(handle)
         else:
@@ -124,6 +127,7 @@ class Scheduler:
         spec = self._specs.get(handle)
         if self._prefixes is not None and spec is not None:
             self._prefixes.observe(spec, cached_tokens, at_s)
+            self._expect_anew(spec)
 
     def finish(self, handle: int, output_tokens: int, at_s: float | None = None) -> None:
         """A running request ran to its end with `output_tokens`: its slot is free, its length is learnt, and, where
@@ -133,6 +137,7 @@ class Scheduler:
             self._lengths.observe(spec, output_tokens)
             if self._prefixes is not None and at_s is not None:
                 self._prefixes.finish(spec, output_tokens, at_s)
+                self._expect_anew(spec)
 
     # -- planning -------------------------------------------------------------
 
@@ -160,7 +165,7 @@ class Scheduler:
             row = self._waiting.remove(handle)
             row["dispatched_at_s"] = now_s
             self._running.insert(row)
-            self._waiting_prompt_tokens -= self._specs[handle].prompt_tokens
+            self._stop_waiting(handle)
             dispatches.append(Dispatch(handle, rank, row))
         self._dispatched += len(dispatches)
         self._order = order
@@ -208,6 +213,10 @@ class Scheduler:
         """How much of its prompt this request would be planned with as being in the prefix cache."""
         return 0.0 if self._prefixes is None else self._prefixes.predict(spec)
 
+    def cached_tokens(self, handle: int) -> float:
+        """How much of a running request's prompt it was planned with as being in the prefix cache; 0 where unknown."""
+        return self._running.get(handle, "cached_tokens") if handle in self._running else 0.0
+
     @property
     def free_slots(self) -> int:
         """How many more requests may be dispatched before the engine is at its cap."""
@@ -232,6 +241,24 @@ class Scheduler:
         priorities = [self._specs[h].priority if h in self._specs else 0 for h in order.tolist()]
         return order[np.argsort(priorities, kind="stable")]
 
+    def _stop_waiting(self, handle: int) -> None:
+        spec = self._specs[handle]
+        self._waiting_prompt_tokens -= spec.prompt_tokens
+        if spec.conversation_id:
+            key = _conversation(spec)
+            self._turns[key].discard(handle)
+            if not self._turns[key]:
+                del self._turns[key]
+
+    def _expect_anew(self, spec: RequestSpec) -> None:
+        """A turn of a conversation was computed: what its waiting turns will find in the prefix cache has changed."""
+        if spec.conversation_id:
+            for handle in self._turns.get(_conversation(spec), ()):
+                waits = self._specs[handle]
+                cached_tokens = self.expected_cached_tokens(waits)
+                self._waiting.set(handle, "prompt_tokens", waits.prompt_tokens - cached_tokens)
+                self._waiting.set(handle, "cached_tokens", cached_tokens)
+
     def _row(self, handle: int, spec: RequestSpec) -> tuple[float, ...]:
         forecast = self._lengths.predict(spec)
         cached_tokens = self.expected_cached_tokens(spec)
@@ -251,3 +278,7 @@ class Scheduler:
             forecast.sigma,
             cached_tokens,
         )
+
+
+def _conversation(spec: RequestSpec) -> tuple[str, str]:
+    return spec.client.name, spec.conversation_id

@@ -155,7 +155,8 @@ class Instance:
             self._record(request, timing, now_s, EndStatus.FAILED, None)  # as a server does: it could never run
             return
         handle = scheduler.add(spec)
-        work_s = _engine_time_s(scheduler.model, spec.prompt_tokens, forecast.tokens)
+        prompt_tokens = spec.prompt_tokens - scheduler.expected_cached_tokens(spec)
+        work_s = _engine_time_s(scheduler.model, prompt_tokens, forecast.tokens)
         self._flights[handle] = _Flight(request, handle, timing, forecast.tokens, work_s)
         self.outstanding_s += work_s
         self._waiting += 1
@@ -217,7 +218,8 @@ class Instance:
             flight.sequence = self._sequence(flight.request, dispatch.handle)
             self.batch.submit(flight.sequence)
             if self.calibration is not None:
-                self.calibration.sent(dispatch.handle, flight.sequence.prompt_tokens, 0.0, now_s)
+                cached_tokens = self.scheduler.cached_tokens(dispatch.handle)
+                self.calibration.sent(dispatch.handle, flight.sequence.prompt_tokens, cached_tokens, now_s)
             self._waiting -= 1
         if plan.replan_after_s is not None:
             self._replan_at_s = now_s + max(0.0, plan.replan_after_s)
@@ -332,6 +334,7 @@ class Instance:
                     if self.calibration is not None:
                         self.calibration.first_token(handle, 1, sequence.cached_tokens)
                     if self.prefix_cache is not None:
+                        scheduler.on_cached(handle, sequence.cached_tokens, now_s)
                         self.prefix_cache.insert(flight.request.prefix_blocks)
                 if last:
                     self._finish(flight, now_s)
@@ -381,7 +384,7 @@ class Instance:
         flight.timing.output_tokens = sequence.output_tokens
         del self._flights[flight.handle]
         self.outstanding_s = self.outstanding_s - flight.work_s if self._flights else 0.0
-        self.scheduler.finish(flight.handle, sequence.output_tokens)
+        self.scheduler.finish(flight.handle, sequence.output_tokens, now_s)
         if self.calibration is not None:
             self.calibration.left(flight.handle, sequence.output_tokens, finished=True)
             if self.recovery is not None:

@@ -24,7 +24,10 @@ class SimulatedRequest:
 
 
 def simulated_requests(offered: Iterable[OfferedRequest]) -> Iterator[SimulatedRequest]:
-    """The same requests, one after the other, as a server would get them from the replayer."""
+    """The same requests, one after the other, as a server would get them from the replayer.
+
+    Requests whose prompts begin with the same block are turns of one conversation, and say so.
+    """
     for request in offered:
         spec = RequestSpec(
             request_id=str(request.index),
@@ -34,6 +37,7 @@ def simulated_requests(offered: Iterable[OfferedRequest]) -> Iterator[SimulatedR
             slo=request.slo,
             expected_output_tokens=request.expected_output_tokens,
             task_type=request.task,
+            conversation_id=str(request.prefix_blocks[0]) if request.prefix_blocks else "",
         )
         output_tokens = min(request.output_tokens, request.max_new_tokens)
         yield SimulatedRequest(spec, output_tokens, prefix_blocks=request.prefix_blocks)
