@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, NoReturn, TypeVar
 
@@ -38,6 +39,7 @@ from lmdeploy_slo.gateway.status import internal_error, to_status
 from lmdeploy_slo.gateway.telling import to_explanation, to_load
 from lmdeploy_slo.gateway.validation import (
     MAX_ID_CHARS,
+    MAX_TASK_CHARS,
     Accepted,
     accept,
     carries_objective,
@@ -56,6 +58,9 @@ SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 
 _M = TypeVar("_M", bound=Message)
 _Context = grpc.aio.ServicerContext[Any, Any]
+_request_id: ContextVar[str] = ContextVar("request_id", default="")
+"""That of the call in whose context we are, as far as its client named one; for the log."""
+
 _Rpc = Callable[[bytes, _Context], Awaitable[bytes]]
 
 
@@ -134,6 +139,9 @@ class InferenceService:
         except InvalidRequest as refusal:
             refused(refusal, malformed=True)
             raise
+        named = (request.request_id or aliases.get(metadata.REQUEST_ID) or "")[:MAX_ID_CHARS]
+        _request_id.set(named)
+        refused = partial(refused, request_id=named, task_type=request.task_type[:MAX_TASK_CHARS])
         try:
             ticket = self._enter(request, aliases)
         except RequestError as refusal:
@@ -322,11 +330,13 @@ def _passed_on(aliases: Aliases) -> tuple[tuple[str, str], ...]:
 
 async def _tell(error: Exception, context: _Context) -> NoReturn:
     """Ends the call: an expected error goes to the client as its status, of any other only that there was one."""
+    named = _request_id.get()
+    extra = {"request_id": named} if named else {}
     if isinstance(error, RequestError):
         expected = error
-        logger.debug("%s: %s", error.reason, error)
+        logger.debug("%s: %s", error.reason, error, extra=extra)
     else:
-        logger.error("an RPC failed unexpectedly", exc_info=error)
+        logger.error("an RPC failed unexpectedly", exc_info=error, extra=extra)
         expected = internal_error()
     status = rpc_status.to_status(to_status(expected))
     passed_on = _passed_on(read_aliases(context.invocation_metadata()))
