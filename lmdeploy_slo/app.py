@@ -10,14 +10,17 @@ import importlib.util
 import logging
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from lmdeploy_slo import __version__
 from lmdeploy_slo.clock import Clock, MonotonicClock
 from lmdeploy_slo.config import Config, EngineKind, LogFormat
+from lmdeploy_slo.core.clients import ClientPolicies
 from lmdeploy_slo.core.snapshot import EngineLimits
 from lmdeploy_slo.engine.base import Engine
 from lmdeploy_slo.engine.emulated import EmulatedEngine
@@ -26,20 +29,41 @@ from lmdeploy_slo.engine.lmdeploy_options import LmdeployOptions
 from lmdeploy_slo.engine.prefill_limit import REFERENCE_BATCH, REFERENCE_CONTEXT, SMALLEST_LIMIT, prefill_token_limit
 from lmdeploy_slo.errors import ConfigError, MissingExtra
 from lmdeploy_slo.frontend.openai_door import HttpServer, build_http_app
+from lmdeploy_slo.gateway.identity import Identifier
 from lmdeploy_slo.gateway.options import GatewayOptions
+from lmdeploy_slo.gateway.policy_file import read_policies
+from lmdeploy_slo.gateway.security import Security
 from lmdeploy_slo.gateway.server import Gateway
+from lmdeploy_slo.gateway.tls import TlsCredentials, TlsFiles
+from lmdeploy_slo.gateway.tokens import Tokens, read_tokens
+from lmdeploy_slo.gateway.watched import Watched
 from lmdeploy_slo.observability.logs import set_up_logs
 from lmdeploy_slo.observability.watch import Watch, WatchOptions
 from lmdeploy_slo.prediction.length import TaskLengthPredictor
 from lmdeploy_slo.prediction.profiles import load_profile
 from lmdeploy_slo.runtime.live import RuntimeOptions
 from lmdeploy_slo.runtime.runtime import Runtime
+from lmdeploy_slo.scheduling.limits import Limiter, Limits
 from lmdeploy_slo.scheduling.policy import SearchBudget, make_policy, policy_names
 from lmdeploy_slo.scheduling.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
 _REPORTED = ("grpcio", "protobuf", "numpy", "numba", "lmdeploy", "torch")
+
+
+@dataclass(frozen=True, slots=True)
+class Protection:
+    """Who is let in and how far, by the files that say so. policies: of each client, as the files say by then."""
+
+    security: Security
+    policies: Callable[[], ClientPolicies]
+    files: Sequence[Watched[Any] | TlsCredentials]
+
+    def reload(self) -> None:
+        """Reads the files now rather than when they are looked at next; the log tells what came of it."""
+        for files in self.files:
+            files.reload()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +74,7 @@ class Server:
     config: Config
     runtime: Runtime
     gateway: Gateway
+    protection: Protection
     address: str
     http_address: str | None = None
     metrics_address: str | None = None
@@ -125,8 +150,31 @@ def _engine_limits(config: Config) -> EngineLimits:
     return replace(options.limits, max_prefill_tokens=min(limit, options.max_prefill_tokens))
 
 
-def build_runtime(config: Config, engine: Engine, clock: Clock) -> Runtime:
-    """Scheduler and policy on an engine, not started."""
+def build_protection(config: Config, clock: Clock) -> Protection:
+    """Raises ConfigError where a file cannot be used."""
+    options, base = config.security, config.limits.client_policy
+    files: list[Watched[Any] | TlsCredentials] = []
+    tls: TlsCredentials | None = None
+    tokens: Watched[Tokens] | None = None
+    policies: Callable[[], ClientPolicies] = partial(ClientPolicies, base)
+    if options.tls_cert is not None and options.tls_key is not None:
+        tls = TlsCredentials(TlsFiles(options.tls_cert, options.tls_key, options.tls_client_ca), clock)
+        files.append(tls)
+    if (tokens_file := options.tokens_file) is not None:
+        tokens = Watched("tokens", [tokens_file], lambda: read_tokens(tokens_file), clock)
+        files.append(tokens)
+    if (policy_file := options.client_policy) is not None:
+        watched = Watched("client policies", [policy_file], lambda: read_policies(policy_file, base), clock)
+        policies = watched
+        files.append(watched)
+    identifier = Identifier(tokens, certificates=options.tls_client_ca is not None)
+    return Protection(Security(identifier, tls, options.reflection), policies, files)
+
+
+def build_runtime(
+    config: Config, engine: Engine, clock: Clock, policies: Callable[[], ClientPolicies] | None = None
+) -> Runtime:
+    """Scheduler and policy on an engine, not started. policies: None for one policy for all, the configuration's."""
     options = config.scheduler
     policy = make_policy(options.policy, seed=options.seed, budget=SearchBudget(time_s=options.plan_budget_ms / 1e3))
     info = engine.info
@@ -141,7 +189,18 @@ def build_runtime(config: Config, engine: Engine, clock: Clock) -> Runtime:
         shed=options.shed,
         explain_requests=config.observability.explain_requests,
     )
-    return Runtime(engine, scheduler, policy, clock, runtime_options)
+    limits = config.limits
+    limiter = Limiter(
+        Limits(
+            max_streams=limits.max_streams,
+            max_queued_requests=options.max_queued_requests,
+            max_queued_tokens=limits.max_queued_tokens,
+            max_wait_s=None if limits.max_wait_ms is None else limits.max_wait_ms / 1e3,
+            queue_share=limits.queue_share,
+        ),
+        policies or partial(ClientPolicies, limits.client_policy),
+    )
+    return Runtime(engine, scheduler, policy, clock, runtime_options, limiter=limiter)
 
 
 def gateway_options(config: Config) -> GatewayOptions:
@@ -178,9 +237,10 @@ async def serving(config: Config, clock: Clock | None = None) -> AsyncIterator[S
     end. Raises ConfigError, and EngineUnavailable where the engine does not start.
     """
     clock = clock or MonotonicClock()
-    runtime = build_runtime(config, build_engine(config, clock), clock)
+    protection = build_protection(config, clock)
+    runtime = build_runtime(config, build_engine(config, clock), clock, protection.policies)
     runtime.journal.know_tasks(config.tasks)
-    gateway = Gateway(runtime, gateway_options(config))
+    gateway = Gateway(runtime, gateway_options(config), protection.security)
     watch = Watch(runtime, watch_options(config, runtime))
     http: HttpServer | None = None
     http_address: str | None = None
@@ -193,7 +253,7 @@ async def serving(config: Config, clock: Clock | None = None) -> AsyncIterator[S
             routes = build_http_app(runtime, task_slos={name: task.slo for name, task in config.tasks.items()})
             http = HttpServer(routes, config.server.host, config.server.http_port)
             http_address = f"{host}:{await http.start()}"
-        yield Server(config, runtime, gateway, f"{host}:{port}", http_address, watch.metrics_address)
+        yield Server(config, runtime, gateway, protection, f"{host}:{port}", http_address, watch.metrics_address)
     finally:
         await gateway.close()
         if http is not None:
@@ -205,7 +265,8 @@ async def serving(config: Config, clock: Clock | None = None) -> AsyncIterator[S
 async def serve(config: Config, announce: Callable[[str], None]) -> None:
     """Serves until SIGTERM or SIGINT, then lets requests end for `drain_grace_s`; a second signal ends them at once.
 
-    `announce` is called with one line when requests are taken. A signal before that is acted upon then.
+    SIGHUP has certificates, tokens and client policies read again. `announce` is called with one line when requests are
+    taken. A signal before that is acted upon then.
     """
     loop = asyncio.get_running_loop()
     asked = asyncio.Event()
@@ -217,6 +278,7 @@ async def serve(config: Config, announce: Callable[[str], None]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
     async with serving(config) as server:
+        loop.add_signal_handler(signal.SIGHUP, server.protection.reload)
         announce(f"lmdeploy_slo: serving on {server}")
         await asked.wait()
         logger.info("shutting down: requests may end for %g s", config.server.drain_grace_s)

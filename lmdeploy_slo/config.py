@@ -7,6 +7,9 @@
     [engine.turbomind]  further fields of LMDeploy's TurbomindEngineConfig, by its names
     [scheduler]       policy, seed, plan_budget_ms, max_queued_requests, queue_timeout_ms, shed
     [stream]          flush_interval_ms
+    [limits]          max_streams, max_queued_tokens, max_wait_ms, queue_share, client_max_streams,
+                      client_max_queued_requests, client_max_queued_tokens, client_tokens_per_s, client_burst_tokens
+    [security]        tls_cert, tls_key, tls_client_ca, tokens_file, client_policy, reflection, insecure
     [observability]   metrics_port, metrics_host, otlp_traces_endpoint, log_format, log_level, log_requests,
                       log_content, explain_requests
     [tasks.NAME]      ttft_ms, tpot_ms, e2e_ms: objectives of requests that name this task and carry none
@@ -15,7 +18,7 @@
 `tasks.chat.ttft_ms` is LMDEPLOY_SLO_TASKS_CHAT_TTFT_MS, and `engine.turbomind.tp` LMDEPLOY_SLO_ENGINE_TURBOMIND_TP and
 --turbomind tp=2; the value `none` in the environment unsets an optional key.
 What is not a key is refused, and so is a value out of range, both with the place they came from. No other module
-reads the environment.
+reads the environment. What the keys mean stands in `config_sections`.
 """
 
 from __future__ import annotations
@@ -24,17 +27,26 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from enum import Enum
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError, model_validator
 
-from lmdeploy_slo.core.slo import Slo
-from lmdeploy_slo.core.snapshot import EngineLimits
-from lmdeploy_slo.engine.lmdeploy_options import Device
+from lmdeploy_slo.config_sections import (
+    EngineConfig,
+    EngineKind,
+    LogFormat,
+    LogLevel,
+    ObservabilityConfig,
+    SchedulerConfig,
+    Sections,
+    ServerConfig,
+    StreamConfig,
+    TaskConfig,
+    is_loopback,
+)
 from lmdeploy_slo.errors import ConfigError
 
 if sys.version_info >= (3, 11):
@@ -42,187 +54,31 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+__all__ = [
+    "Config",
+    "EngineConfig",
+    "EngineKind",
+    "LogFormat",
+    "LogLevel",
+    "ObservabilityConfig",
+    "SchedulerConfig",
+    "ServerConfig",
+    "StreamConfig",
+    "TaskConfig",
+    "load",
+    "toml_value",
+    "traces_dir",
+]
+
 ENV_PREFIX = "LMDEPLOY_SLO_"
 ENV_CONFIG_FILE = f"{ENV_PREFIX}CONFIG"
 ENV_TRACES_DIR = f"{ENV_PREFIX}TRACES"
-
-MAX_DURATION_MS = 86_400_000.0
-"""A day: the longest objective or timeout, as in the wire protocol."""
 
 # A Kubernetes service called lmdeploy-slo puts these into the environment of every pod beside it.
 _KUBERNETES = re.compile(r"(SERVICE_(HOST|PORT.*)|PORT|PORT_\d.*)")
 
 
-class EngineKind(str, Enum):
-    """What generates the tokens."""
-
-    EMULATED = "emulated"
-    LMDEPLOY = "lmdeploy"
-
-
-class LogFormat(str, Enum):
-    """How a line of the log looks."""
-
-    HUMAN = "human"
-    JSON = "json"
-
-
-class LogLevel(str, Enum):
-    """The least that is logged."""
-
-    DEBUG = "debug"
-    INFO = "info"
-    WARNING = "warning"
-    ERROR = "error"
-
-
-def _choice_of(choices: type[Enum]) -> Callable[[object], Enum]:
-    """Takes the text of a choice also where other fields are read strictly."""
-
-    def choose(value: object) -> Enum:
-        try:
-            return choices(value)
-        except ValueError:
-            raise ValueError(f"input should be {' or '.join(repr(choice.value) for choice in choices)}") from None
-
-    return choose
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class ServerConfig(_Section):
-    """Where the server listens, and how it ends. port 0: the operating system chooses.
-
-    http_port: where LMDeploy's own HTTP routes (OpenAI's among them) are served as well; unset: nowhere.
-    """
-
-    host: str = Field(default="127.0.0.1", min_length=1)
-    port: int = Field(default=50051, ge=0, le=65535)
-    http_port: int | None = Field(default=None, ge=0, le=65535)
-    drain_grace_s: float = Field(default=30.0, ge=0)  # how long SIGTERM waits for requests that have not ended
-    default_max_new_tokens: int = Field(default=512, ge=1)  # of requests that name none
-    max_message_bytes: int = Field(default=16 * 1024 * 1024, ge=4096)  # longest request taken
-
-
-_OF_LMDEPLOY = ("device", "patched", "look_ahead", "chat_template", "trust_remote_code", "turbomind")
-
-
-class EngineConfig(_Section):
-    """What runs the model. Unset `kind`: lmdeploy with a model, emulated without one.
-
-    profile: a step-model profile, by name or file: the emulated engine's truth, and what is believed of any other.
-    kv_tokens, max_session_tokens: unset is no bound for the emulated engine, LMDeploy's own for LMDeploy.
-    prefill_for_tpot_ms: lowers max_prefill_tokens so far that this TPOT holds, as `engine.prefill_limit` says; set it
-    to the tightest one that is promised.
-    device, patched, look_ahead, chat_template, trust_remote_code, turbomind: as in `engine.lmdeploy_options`.
-    """
-
-    kind: Annotated[EngineKind, BeforeValidator(_choice_of(EngineKind))] | None = None
-    model: str | None = Field(default=None, min_length=1)
-    profile: str = Field(default="a100-qwen2.5-7b", min_length=1)
-    max_batch_size: int = Field(default=256, ge=1, le=65536)
-    max_prefill_tokens: int = Field(default=8192, ge=1)
-    prefill_for_tpot_ms: float | None = Field(default=None, gt=0, le=MAX_DURATION_MS)
-    kv_tokens: int | None = Field(default=None, ge=1)
-    max_session_tokens: int | None = Field(default=None, ge=2)
-    device: Annotated[Device, BeforeValidator(_choice_of(Device))] = Device.AUTO
-    patched: bool = True
-    look_ahead: int | None = Field(default=None, ge=0, le=65536)
-    chat_template: str | None = Field(default=None, min_length=1)
-    trust_remote_code: bool = False
-    turbomind: dict[str, Any] = Field(default_factory=dict)
-
-    @property
-    def effective_kind(self) -> EngineKind:
-        return self.kind or (EngineKind.LMDEPLOY if self.model else EngineKind.EMULATED)
-
-    @property
-    def set_for_lmdeploy(self) -> list[str]:
-        """The keys that LMDeploy alone reads and that differ from their defaults."""
-        return [
-            key
-            for key in _OF_LMDEPLOY
-            if getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True)
-        ]
-
-    @property
-    def limits(self) -> EngineLimits:
-        return EngineLimits(self.max_batch_size, self.max_prefill_tokens, self.kv_tokens)
-
-
-class SchedulerConfig(_Section):
-    """How requests are ordered.
-
-    plan_budget_ms: wall time of one plan. max_queued_requests, queue_timeout_ms (of requests that name none): unset is
-    no bound. shed: refuse a sheddable request at once when its forecast breaks its SLO.
-    """
-
-    policy: str = Field(default="annealing", min_length=1)
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    plan_budget_ms: float = Field(default=2.0, gt=0, le=1000)
-    max_queued_requests: int | None = Field(default=None, ge=1)
-    queue_timeout_ms: float | None = Field(default=None, gt=0, le=MAX_DURATION_MS)
-    shed: bool = False
-
-
-class StreamConfig(_Section):
-    """flush_interval_ms: tokens of a stream that come faster than this share a message; 0: one token a message."""
-
-    flush_interval_ms: float = Field(default=7.0, ge=0, le=1000)
-
-
-class ObservabilityConfig(_Section):
-    """What is told of the server, and to whom. Unset metrics_port: no metrics; 0: a free one. Unset metrics_host: the
-    server's. otlp_traces_endpoint: http:// or https:// URL of an OpenTelemetry collector; unset: no traces.
-
-    log_requests: a line for each request, not only for those the engine failed. log_content: exceptions are logged in
-    full though they may quote a prompt. explain_requests: so many that have ended can be explained.
-    """
-
-    metrics_host: str | None = Field(default=None, min_length=1)
-    metrics_port: int | None = Field(default=None, ge=0, le=65535)
-    otlp_traces_endpoint: str | None = Field(default=None, pattern="^https?://[^/]+/?$")
-    log_format: Annotated[LogFormat, BeforeValidator(_choice_of(LogFormat))] = LogFormat.HUMAN
-    log_level: Annotated[LogLevel, BeforeValidator(_choice_of(LogLevel))] = LogLevel.INFO
-    log_requests: bool = False
-    log_content: bool = False
-    explain_requests: int = Field(default=4096, ge=0, le=1_000_000)
-
-
-class TaskConfig(_Section):
-    """Objectives of a task; at least one."""
-
-    ttft_ms: float | None = Field(default=None, gt=0, le=MAX_DURATION_MS)
-    tpot_ms: float | None = Field(default=None, gt=0, le=MAX_DURATION_MS)
-    e2e_ms: float | None = Field(default=None, gt=0, le=MAX_DURATION_MS)
-
-    @model_validator(mode="after")
-    def _carries_one(self) -> TaskConfig:
-        if not self.slo.has_objective:
-            raise ValueError("at least one of ttft_ms, tpot_ms and e2e_ms is needed")
-        return self
-
-    @property
-    def slo(self) -> Slo:
-        """The same in seconds."""
-        return Slo(*(None if v is None else v / 1e3 for v in (self.ttft_ms, self.tpot_ms, self.e2e_ms)))
-
-
-TaskName = Annotated[str, Field(min_length=1, max_length=64)]
-
-
-class _Sections(_Section):
-    server: ServerConfig = ServerConfig()
-    engine: EngineConfig = EngineConfig()
-    scheduler: SchedulerConfig = SchedulerConfig()
-    stream: StreamConfig = StreamConfig()
-    observability: ObservabilityConfig = ObservabilityConfig()
-    tasks: dict[TaskName, TaskConfig] = Field(default_factory=dict)
-
-
-class Config(_Sections):
+class Config(Sections):
     """The whole configuration, in which the sections agree with each other; `load` makes one."""
 
     @model_validator(mode="after")
@@ -236,6 +92,16 @@ class Config(_Sections):
             raise ValueError("http_port: the HTTP routes are LMDeploy's, the emulated engine has gRPC alone")
         if kind is EngineKind.EMULATED and (of_lmdeploy := self.engine.set_for_lmdeploy):
             raise ValueError(f"the emulated engine has no {', '.join(of_lmdeploy)}: leave it out, or name a model")
+        return self
+
+    @model_validator(mode="after")
+    def _strangers_are_kept_out(self) -> Config:
+        missing = self.security.missing_for_strangers
+        if missing and not self.security.insecure and not is_loopback(self.server.host):
+            needed = ", and ".join(missing)
+            raise ValueError(
+                f"others can reach {self.server.host}: [security] needs {needed}, or insecure (--insecure)"
+            )
         return self
 
     def to_toml(self) -> str:
@@ -336,7 +202,7 @@ def _read_file(file: Path, layers: _Layers) -> None:
     # In a file a number is written as a number; in the environment it can only be text. Each section by itself:
     # what two sections must agree on may still come from the environment or a flag.
     try:
-        _Sections.model_validate(document, strict=True)
+        Sections.model_validate(document, strict=True)
     except ValidationError as error:
         raise ConfigError(_explain(error, layers)) from error
 

@@ -76,6 +76,24 @@ def serve(
     http_port: int | None = _option(
         "server.http_port", "Port of LMDeploy's own HTTP routes (OpenAI's among them); 0: a free one."
     ),
+    tls_cert: str | None = _option("security.tls_cert", "Certificate chain of the server, PEM."),
+    tls_key: str | None = _option("security.tls_key", "Its private key, PEM."),
+    tls_client_ca: str | None = _option(
+        "security.tls_client_ca", "Who signs clients' certificates, PEM; then every client needs one."
+    ),
+    tokens_file: str | None = _option(
+        "security.tokens_file", "Bearer tokens, hashed (see `token new`); then every call needs one."
+    ),
+    client_policy: str | None = _option("security.client_policy", "What each client may claim and use, TOML."),
+    no_reflection: bool = typer.Option(False, "--no-reflection", help="Do not describe the services to callers."),
+    insecure: bool = typer.Option(
+        False, "--insecure", help="Serve strangers, or in plain text, also where other machines can reach it."
+    ),
+    max_streams: int | None = _option("limits.max_streams", "Open requests, at most."),
+    max_queued_tokens: int | None = _option("limits.max_queued_tokens", "Tokens of waiting requests, at most."),
+    max_wait_ms: float | None = _option(
+        "limits.max_wait_ms", "Take no new requests while one of their class waits for longer."
+    ),
     metrics_port: int | None = _option("observability.metrics_port", "Port of Prometheus metrics; 0: a free one."),
     metrics_host: str | None = _option("observability.metrics_host", "Address of the metrics; none: that of --host."),
     otlp_traces_endpoint: str | None = _option(
@@ -123,6 +141,16 @@ def serve(
         "server.port": port,
         "server.http_port": http_port,
         "server.drain_grace_s": drain_grace_s,
+        "security.tls_cert": tls_cert,
+        "security.tls_key": tls_key,
+        "security.tls_client_ca": tls_client_ca,
+        "security.tokens_file": tokens_file,
+        "security.client_policy": client_policy,
+        "security.reflection": False if no_reflection else None,
+        "security.insecure": insecure or None,
+        "limits.max_streams": max_streams,
+        "limits.max_queued_tokens": max_queued_tokens,
+        "limits.max_wait_ms": max_wait_ms,
         "observability.metrics_port": metrics_port,
         "observability.metrics_host": metrics_host,
         "observability.otlp_traces_endpoint": otlp_traces_endpoint,

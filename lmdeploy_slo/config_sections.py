@@ -1,0 +1,262 @@
+"""The sections of a server's configuration: keys, ranges, defaults, and what they mean."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from lmdeploy_slo.core.clients import ClientPolicy
+from lmdeploy_slo.core.slo import Slo
+from lmdeploy_slo.core.snapshot import EngineLimits
+from lmdeploy_slo.engine.lmdeploy_options import Device
+
+MAX_DURATION_MS = 86_400_000.0
+"""A day: the longest objective or timeout, as in the wire protocol."""
+
+
+class EngineKind(str, Enum):
+    """What generates the tokens."""
+
+    EMULATED = "emulated"
+    LMDEPLOY = "lmdeploy"
+
+
+class LogFormat(str, Enum):
+    """How a line of the log looks."""
+
+    HUMAN = "human"
+    JSON = "json"
+
+
+class LogLevel(str, Enum):
+    """The least that is logged."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+def _choice_of(choices: type[Enum]) -> Callable[[object], Enum]:
+    """Takes the text of a choice also where other fields are read strictly."""
+
+    def choose(value: object) -> Enum:
+        try:
+            return choices(value)
+        except ValueError:
+            raise ValueError(f"input should be {' or '.join(repr(choice.value) for choice in choices)}") from None
+
+    return choose
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ServerConfig(Section):
+    """Where the server listens, and how it ends. port 0: the operating system chooses.
+
+    http_port: where LMDeploy's own HTTP routes (OpenAI's among them) are served as well; unset: nowhere.
+    """
+
+    host: str = Field(default="127.0.0.1", min_length=1)
+    port: int = Field(default=50051, ge=0, le=65535)
+    http_port: int | None = Field(default=None, ge=0, le=65535)
+    drain_grace_s: float = Field(default=30.0, ge=0)  # how long SIGTERM waits for requests that have not ended
+    default_max_new_tokens: int = Field(default=512, ge=1)  # of requests that name none
+    max_message_bytes: int = Field(default=16 * 1024 * 1024, ge=4096)  # longest request taken
+
+
+_OF_LMDEPLOY = ("device", "patched", "look_ahead", "chat_template", "trust_remote_code", "turbomind")
+
+
+class EngineConfig(Section):
+    """What runs the model. Unset `kind`: lmdeploy with a model, emulated without one.
+
+    profile: a step-model profile, by name or file: the emulated engine's truth, and what is believed of any other.
+    kv_tokens, max_session_tokens: unset is no bound for the emulated engine, LMDeploy's own for LMDeploy.
+    prefill_for_tpot_ms: lowers max_prefill_tokens so far that this TPOT holds, as `engine.prefill_limit` says; set it
+    to the tightest one that is promised.
+    device, patched, look_ahead, chat_template, trust_remote_code, turbomind: as in `engine.lmdeploy_options`.
+    """
+
+    kind: Annotated[EngineKind, BeforeValidator(_choice_of(EngineKind))] | None = None
+    model: str | None = Field(default=None, min_length=1)
+    profile: str = Field(default="a100-qwen2.5-7b", min_length=1)
+    max_batch_size: int = Field(default=256, ge=1, le=65536)
+    max_prefill_tokens: int = Field(default=8192, ge=1)
+    prefill_for_tpot_ms: float | None = Field(default=None, gt=0, le=MAX_DURATION_MS)
+    kv_tokens: int | None = Field(default=None, ge=1)
+    max_session_tokens: int | None = Field(default=None, ge=2)
+    device: Annotated[Device, BeforeValidator(_choice_of(Device))] = Device.AUTO
+    patched: bool = True
+    look_ahead: int | None = Field(default=None, ge=0, le=65536)
+    chat_template: str | None = Field(default=None, min_length=1)
+    trust_remote_code: bool = False
+    turbomind: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def effective_kind(self) -> EngineKind:
+        return self.kind or (EngineKind.LMDEPLOY if self.model else EngineKind.EMULATED)
+
+    @property
+    def set_for_lmdeploy(self) -> list[str]:
+        """The keys that LMDeploy alone reads and that differ from their defaults."""
+        return [
+            key
+            for key in _OF_LMDEPLOY
+            if getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True)
+        ]
+
+    @property
+    def limits(self) -> EngineLimits:
+        return EngineLimits(self.max_batch_size, self.max_prefill_tokens, self.kv_tokens)
+
+
+class SchedulerConfig(Section):
+    """How requests are ordered.
+
+    plan_budget_ms: wall time of one plan. max_queued_requests, queue_timeout_ms (of requests that name none): unset is
+    no bound. shed: refuse a sheddable request at once when its forecast breaks its SLO.
+    """
+
+    policy: str = Field(default="annealing", min_length=1)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    plan_budget_ms: float = Field(default=2.0, gt=0, le=1000)
+    max_queued_requests: int | None = Field(default=None, ge=1)
+    queue_timeout_ms: float | None = Field(default=None, gt=0, le=MAX_DURATION_MS)
+    shed: bool = False
+
+
+class StreamConfig(Section):
+    """flush_interval_ms: tokens of a stream that come faster than this share a message; 0: one token a message."""
+
+    flush_interval_ms: float = Field(default=7.0, ge=0, le=1000)
+
+
+class ObservabilityConfig(Section):
+    """What is told of the server, and to whom. Unset metrics_port: no metrics; 0: a free one. Unset metrics_host: the
+    server's. otlp_traces_endpoint: http:// or https:// URL of an OpenTelemetry collector; unset: no traces.
+
+    log_requests: a line for each request, not only for those the engine failed. log_content: exceptions are logged in
+    full though they may quote a prompt. explain_requests: so many that have ended can be explained.
+    """
+
+    metrics_host: str | None = Field(default=None, min_length=1)
+    metrics_port: int | None = Field(default=None, ge=0, le=65535)
+    otlp_traces_endpoint: str | None = Field(default=None, pattern="^https?://[^/]+/?$")
+    log_format: Annotated[LogFormat, BeforeValidator(_choice_of(LogFormat))] = LogFormat.HUMAN
+    log_level: Annotated[LogLevel, BeforeValidator(_choice_of(LogLevel))] = LogLevel.INFO
+    log_requests: bool = False
+    log_content: bool = False
+    explain_requests: int = Field(default=4096, ge=0, le=1_000_000)
+
+
+class LimitsConfig(Section):
+    """How much clients may have open, waiting and use; unset is no bound. `scheduler.limits` says how each works.
+
+    max_streams, max_queued_tokens, max_wait_ms, queue_share: of all clients together, beside
+    scheduler.max_queued_requests. client_*: of each client whose policy does not say otherwise.
+    """
+
+    max_streams: int | None = Field(default=None, ge=1)
+    max_queued_tokens: int | None = Field(default=None, ge=1)
+    max_wait_ms: float | None = Field(default=None, gt=0, le=MAX_DURATION_MS)
+    queue_share: float | None = Field(default=None, gt=0, le=1000)
+    client_max_streams: int | None = Field(default=None, ge=1)
+    client_max_queued_requests: int | None = Field(default=None, ge=1)
+    client_max_queued_tokens: int | None = Field(default=None, ge=1)
+    client_tokens_per_s: float | None = Field(default=None, gt=0)
+    client_burst_tokens: float | None = Field(default=None, ge=1)
+
+    @property
+    def client_policy(self) -> ClientPolicy:
+        return ClientPolicy(
+            max_streams=self.client_max_streams,
+            max_queued_requests=self.client_max_queued_requests,
+            max_queued_tokens=self.client_max_queued_tokens,
+            tokens_per_s=self.client_tokens_per_s,
+            burst_tokens=self.client_burst_tokens,
+        )
+
+
+File = Annotated[Path, BeforeValidator(lambda value: Path(value) if isinstance(value, str) and value else value)]
+"""A path, also where other fields are read strictly."""
+
+
+class SecurityConfig(Section):
+    """Who may call, and how calls are protected. Files are read again when they change.
+
+    tls_cert, tls_key: the server's certificate chain and private key, PEM; unset: plain text. tls_client_ca: who signs
+    clients' certificates, which are demanded then. tokens_file: as `token new` makes its lines; a token is demanded
+    then. client_policy: what each client may claim and use, see `gateway.policy_file`. reflection: whether the port
+    describes its services. insecure: serve strangers, or in plain text, on an address that others can reach.
+    """
+
+    tls_cert: File | None = None
+    tls_key: File | None = None
+    tls_client_ca: File | None = None
+    tokens_file: File | None = None
+    client_policy: File | None = None
+    reflection: bool = True
+    insecure: bool = False
+
+    @model_validator(mode="after")
+    def _agrees(self) -> SecurityConfig:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key are set together or not at all")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("tls_client_ca needs tls_cert and tls_key")
+        return self
+
+    @property
+    def missing_for_strangers(self) -> list[str]:
+        """What an address needs that others can reach."""
+        missing = [] if self.tls_cert else ["tls_cert with tls_key"]
+        return missing if self.tokens_file or self.tls_client_ca else [*missing, "tokens_file or tls_client_ca"]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the address; a name other than localhost may be anything."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class TaskConfig(Section):
+    """Objectives of a task; at least one."""
+
+    ttft_ms: float | None = Field(default=None, gt=0, le=MAX_DURATION_MS)
+    tpot_ms: float | None = Field(default=None, gt=0, le=MAX_DURATION_MS)
+    e2e_ms: float | None = Field(default=None, gt=0, le=MAX_DURATION_MS)
+
+    @model_validator(mode="after")
+    def _carries_one(self) -> TaskConfig:
+        if not self.slo.has_objective:
+            raise ValueError("at least one of ttft_ms, tpot_ms and e2e_ms is needed")
+        return self
+
+    @property
+    def slo(self) -> Slo:
+        """The same in seconds."""
+        return Slo(*(None if v is None else v / 1e3 for v in (self.ttft_ms, self.tpot_ms, self.e2e_ms)))
+
+
+TaskName = Annotated[str, Field(min_length=1, max_length=64)]
+
+
+class Sections(Section):
+    server: ServerConfig = ServerConfig()
+    engine: EngineConfig = EngineConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    stream: StreamConfig = StreamConfig()
+    limits: LimitsConfig = LimitsConfig()
+    security: SecurityConfig = SecurityConfig()
+    observability: ObservabilityConfig = ObservabilityConfig()
+    tasks: dict[TaskName, TaskConfig] = Field(default_factory=dict)
