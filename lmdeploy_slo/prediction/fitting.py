@@ -32,6 +32,7 @@ import numpy.typing as npt
 
 from lmdeploy_slo.core.latency_model import StepModel
 from lmdeploy_slo.errors import TraceError
+from lmdeploy_slo.prediction.observations import Observation
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -103,7 +104,8 @@ class Timelines:
 class StepFit:
     """requests: with a first token. finished: with a last one, too. intervals: how many the fit rests on; error: their
     median |predicted / recorded duration - 1|, by kind, None where there was none. batch_range, context_range:
-    sequences and cached tokens seen decoding. steps_ahead: 1 for an engine that schedules one step ahead, else 0."""
+    sequences and cached tokens seen decoding. steps_ahead: 1 for an engine that schedules one step ahead, else 0.
+    observations: the intervals themselves, as they were reconstructed."""
 
     model: StepModel
     requests: int
@@ -114,6 +116,7 @@ class StepFit:
     batch_range: tuple[int, int]
     context_range: tuple[int, int]
     steps_ahead: int
+    observations: tuple[Observation, ...]
 
 
 def fit_step_model(timelines: Timelines, max_prefill_tokens: int) -> StepFit:
@@ -371,6 +374,22 @@ def _described(record: _Record, steps: _Steps, theta: Floats) -> StepFit:
         batch_range=_range(record.batch[decoding]),
         context_range=_range(steps.context[decoding]),
         steps_ahead=steps.ahead,
+        observations=tuple(_observation(record, counted, columns, k) for k in np.flatnonzero(used).tolist()),
+    )
+
+
+def _observation(record: _Record, counted: Floats, columns: Floats, k: int) -> Observation:
+    """Interval k. Of prompts that were computed in part, one is counted."""
+    _, tokens, square, _, contexts = (float(value) for value in columns[k])
+    ended = int(record.done[k + 1] - record.done[k])
+    return Observation(
+        steps=int(counted[k]),
+        seconds=float(record.duration[k]),
+        prompts=max(1, ended) if tokens > 0 else 0,
+        prefill_tokens=tokens,
+        prefill_square=square,
+        batch_size=float(record.batch[k]),
+        context_tokens=contexts,
     )
 
 
