@@ -1,8 +1,8 @@
 """Coefficients of both latency models from measured durations: least squares under constraints.
 
 Minimised is the sum of squared relative errors, sum w_i (row_i theta / s_i - 1)^2 with theta >= 0, so that a step of
-5 ms counts as much as one of 500 ms and no model can predict a negative time. Each point weighs the same, however often
-it was repeated.
+5 ms counts as much as one of 500 ms and no model can predict a negative time. A point weighs the same however often it
+was repeated, and the less the less its repeats agree: 1 / (1 + (e / LEAST_SIGMA)^2), e the standard error of its mean.
 
 Outliers. A repeat far from the others of its point is set aside: it was disturbed. What is left is fitted with Huber's
 weights (min(1, k sigma / |e_i|), sigma from the median absolute error, found in turn with theta), which bound the pull
@@ -11,6 +11,7 @@ of single values where there are no repeats, and still heed a point where all re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -128,10 +129,18 @@ def _solve(rows: Floats, observations: Sequence[Observation]) -> list[float]:
     present = scale > 0
     weights = np.ones(len(observations))
     for own in points_of(observations).values():
-        weights[own] = 1 / len(own)
+        weights[own] = 1 / len(own) / (1 + (_standard_error(seconds[own]) / LEAST_SIGMA) ** 2)
     theta = np.zeros(rows.shape[1])
     theta[present] = _huber(relative[:, present] / scale[present], weights) / scale[present]
     return [float(value) for value in theta]
+
+
+def _standard_error(seconds: Floats) -> float:
+    """Of the mean of a point's repeats, a fraction of it; 0 where there are too few to say. Heeds no outliers."""
+    if len(seconds) < _FEWEST_REPEATS:
+        return 0.0
+    middle = float(np.median(seconds))
+    return _TO_SIGMA * float(np.median(np.abs(seconds - middle))) / middle / math.sqrt(len(seconds))
 
 
 def _huber(rows: Floats, weights: Floats) -> Floats:
