@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
-from lmdeploy_slo.offline.plots import FAINT, GRID, INK
+from lmdeploy_slo.offline.plots import FAINT, INK
 from lmdeploy_slo.prediction.observations import Kind, Observation, seconds_of
 
 Floats = npt.NDArray[np.float64]
@@ -67,8 +69,7 @@ def measured_against_fitted(drawn: Sequence[Layer]) -> Figure:
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
     axes.set(xlabel="fitted, ms per pass", ylabel="measured, ms per pass")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.set_minor_formatter(lambda value, _: "")
+        _plain(axis, high / low)
     axes.legend(loc="upper left", handletextpad=0.4)
     return figure
 
@@ -90,11 +91,17 @@ def residuals(drawn: Sequence[Layer]) -> Figure:
             _scatter(axes, where, off, layer)
         axes.axhline(0, color=INK, linewidth=1)
         axes.set(xlabel=label, xscale="log")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.xaxis.set_minor_formatter(lambda value, _: "")
-        axes.grid(color=GRID)
+        low, high = axes.get_xlim()
+        _plain(axes.xaxis, high / low)
     panels[0].set_ylabel("measured beyond fitted, %")
     return figure
+
+
+def _plain(axis: Axis, span: float) -> None:
+    """1, 10, 100 rather than powers; 2 and 5 between where there is room."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if span < 300 else (1.0,)))
+    axis.set_major_formatter(lambda value, _: f"{value:,g}" if value < 1e6 else f"{value:g}")
+    axis.set_minor_formatter(lambda value, _: "")
 
 
 def _scatter(axes: Axes, x: Floats, y: Floats, layer: Layer) -> None:
