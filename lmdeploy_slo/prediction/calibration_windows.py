@@ -149,6 +149,8 @@ class StepObserver:
         finished: with its last token, in the step that comes to its end; else at any time, for any reason.
         """
         self._ended.append((handle, output_tokens))
+        if self._window is None:
+            self._settle()
         if finished or self._window is None:
             return
         self._gone += handle in self._decoding

@@ -17,12 +17,14 @@ from lmdeploy_slo.scheduling.limits import Ticket
 class RuntimeOptions:
     """flush_interval_s: 0 to 60, see `runtime.stream`; 0: one token a delta. plan_gap_s: 0 to 1, see
     `runtime.plan_loop`. shed: refuse sheddable requests whose forecast breaks their SLO. instance: name
-    of the engine instance, None for "<engine>-0". explain_requests: >= 0, so many that have ended can be explained."""
+    of the engine instance, None for "<engine>-0". calibrate: what is believed of the engine is refined by what it is
+    seen to need; else that is only watched. explain_requests: >= 0, so many that have ended can be explained."""
 
     flush_interval_s: float = 0.007
     plan_gap_s: float = 0.005
     shed: bool = False
     instance: str | None = None
+    calibrate: bool = False
     explain_requests: int = 4096
 
     def __post_init__(self) -> None:

@@ -38,6 +38,7 @@ from lmdeploy_slo.errors import (
 )
 from lmdeploy_slo.runtime.decisions import DecisionLimits
 from lmdeploy_slo.runtime.journal import Journal
+from lmdeploy_slo.runtime.learning import Learning
 from lmdeploy_slo.runtime.live import Live, RuntimeOptions
 from lmdeploy_slo.runtime.plan_loop import PlanLoop
 from lmdeploy_slo.runtime.planner import Planner
@@ -95,6 +96,8 @@ class Runtime:
         self.journal = Journal(scheduler, clock, DecisionLimits(requests=self.options.explain_requests))
         self._live: dict[str, Live] = {}
         self._by_handle: dict[int, Live] = {}
+        self._learning = Learning(scheduler, engine.info.limits, self._by_handle, calibrate=self.options.calibrate)
+        self.calibration = self._learning.calibration  # its `statistics` say how right forecasts of steps are
         self._in_engine: dict[str, Live] = {}
         self._leaving: set[str] = set()  # aborted in the engine, its last event still to come
         self._last_step_at_s = 0.0
@@ -247,7 +250,7 @@ class Runtime:
             handle = self.scheduler.add(spec)
         except QueueFull as full:
             raise QueueFull(str(full), self.limiter.retry_after_s()) from None
-        outlook.add(spec, expected.output_tokens)
+        outlook.add(spec, expected.output_tokens, self.scheduler.expected_cached_tokens(spec))
         interval_s = self.options.flush_interval_s
         stream = RequestStream(request_id, self.clock, interval_s, lambda error: self._leave(live, error), encode)
         live = Live(spec, request, handle, ticket, stream, Timing(spec.arrival_at_s), expected)
@@ -264,7 +267,8 @@ class Runtime:
             self._report_progress()
             self._outlook = Outlook(self.scheduler.snapshot(now_s))
             self._outlook_until_s = now_s + OUTLOOK_S
-        return self._outlook.forecast(spec, self.scheduler.forecast(spec).tokens), self._outlook
+        cached_tokens = self.scheduler.expected_cached_tokens(spec)
+        return self._outlook.forecast(spec, self.scheduler.forecast(spec).tokens, cached_tokens), self._outlook
 
     # -- dispatch -------------------------------------------------------------
 
@@ -281,6 +285,7 @@ class Runtime:
         live.ticket.start(now_s)
         try:
             self.engine.submit(live.request, dispatch.rank)
+            self._learning.sent(live, now_s)
             self._set_engine_lost(False)
         except InvalidRequest as refusal:
             self._end(live, EndStatus.REJECTED, refusal, in_engine=False)
@@ -314,6 +319,7 @@ class Runtime:
         """The engine's sink."""
         in_engine = self._in_engine
         self._last_step_at_s = at_s
+        tokens = 0
         for event in events:  # every token passes here: what is common comes first
             live = in_engine.get(event.request_id)
             if live is None:
@@ -325,7 +331,9 @@ class Runtime:
                     live.output_tokens += count
                     live.last_token_at_s = at_s
                     if live.timing.first_token_at_s is None:
-                        self._on_first_token(live, at_s)
+                        self._on_first_token(live, event, at_s)
+                    else:
+                        tokens += count
                 if event.cached_tokens is not None:
                     live.cached_tokens = event.cached_tokens
                 if event.end is None and event.error is None:
@@ -336,13 +344,15 @@ class Runtime:
                 extra = {"request_id": event.request_id}
                 logger.exception("an event of request %s could not be handled", event.request_id, extra=extra)
                 self._end(live, EndStatus.FAILED, RequestError("internal error"))
+        self._learning.step(at_s, tokens)
         if self.policy.wants_ticks:
             self._plans.mark_stale()
 
-    def _on_first_token(self, live: Live, at_s: float) -> None:
+    def _on_first_token(self, live: Live, event: EngineEvent, at_s: float) -> None:
         live.timing.first_token_at_s = at_s
         live.reported_tokens = live.output_tokens
         self.scheduler.on_tokens(live.handle, live.output_tokens, at_s)
+        self._learning.first_token(live, event, at_s)
 
     def _on_last_event(self, live: Live, event: EngineEvent, at_s: float) -> None:
         if event.error is not None:
@@ -417,9 +427,11 @@ class Runtime:
         live.stream.close(outcome)
         try:
             if status is EndStatus.FINISHED:
-                self.scheduler.finish(live.handle, live.output_tokens)
+                self.scheduler.finish(live.handle, live.output_tokens, self._last_step_at_s)
+                self._learning.finished(live, self._last_step_at_s)
             else:
                 self.scheduler.drop(live.handle)
+                self._learning.gone(live)
         except Exception:  # what is learnt of a request must not undo its end
             logger.exception("the scheduler raised at the end of %s", request_id, extra={"request_id": request_id})
         self.journal.ended(live, status, outcome)
