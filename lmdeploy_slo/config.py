@@ -55,6 +55,10 @@ else:
     import tomli as tomllib
 
 __all__ = [
+    "ENV_CONFIG_FILE",
+    "ENV_PREFIX",
+    "ENV_TOKEN",
+    "ENV_TRACES_DIR",
     "Config",
     "EngineConfig",
     "EngineKind",
@@ -73,6 +77,7 @@ __all__ = [
 ENV_PREFIX = "LMDEPLOY_SLO_"
 ENV_CONFIG_FILE = f"{ENV_PREFIX}CONFIG"
 ENV_TRACES_DIR = f"{ENV_PREFIX}TRACES"
+ENV_TOKEN = f"{ENV_PREFIX}TOKEN"  # of commands that call a server
 
 # A Kubernetes service called lmdeploy-slo puts these into the environment of every pod beside it.
 _KUBERNETES = re.compile(r"(SERVICE_(HOST|PORT.*)|PORT|PORT_\d.*)")
@@ -210,7 +215,7 @@ def _read_file(file: Path, layers: _Layers) -> None:
 def _read_environment(environ: Mapping[str, str], layers: _Layers) -> None:
     for variable in sorted(v for v in environ if v.startswith(ENV_PREFIX)):
         rest = variable.removeprefix(ENV_PREFIX)
-        if variable in (ENV_CONFIG_FILE, ENV_TRACES_DIR) or _KUBERNETES.fullmatch(rest):
+        if variable in (ENV_CONFIG_FILE, ENV_TRACES_DIR, ENV_TOKEN) or _KUBERNETES.fullmatch(rest):
             continue
         path = _env_path(rest.lower())
         if path is None:

@@ -71,7 +71,7 @@ AT_HOME = {
     "torch": ("engine/",),
     "transformers": ("engine/",),
     "ray": ("engine/",),
-    "tomllib": ("config.py",),
+    "tomllib": ("config.py", "gateway/policy_file.py"),
     "pytest": ("testing/",),
 }
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lmdeploy_slo.cli import connection
 from lmdeploy_slo.client import (
     ChatMessage,
     Client,
@@ -129,6 +130,12 @@ def generate(
         bool, typer.Option("--predict", help="Only ask whether it would meet its SLO now; nothing is generated.")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead.")] = False,
+    tls: connection.Tls = False,
+    ca: connection.Ca = None,
+    cert: connection.Cert = None,
+    key: connection.Key = None,
+    token: connection.Token = None,
+    insecure: connection.Insecure = False,
 ) -> None:
     """Send one prompt to a server and stream the answer.
 
@@ -162,7 +169,8 @@ def generate(
         options["timeout_s"] = timeout_s
     turns = _prompt(prompt, chat, system)
     try:
-        with Client(target) as client:
+        how = connection.access(tls=tls, ca=ca, cert=cert, key=key, token=token, insecure=insecure)
+        with Client(target, credentials=how.credentials, token=how.token, insecure=how.insecure) as client:
             _run(client, turns, options, predict=predict, json=json)
     except KeyboardInterrupt:
         typer.echo("\ncancelled", err=True)

@@ -30,6 +30,7 @@ COMMANDS = {
     "workload": "Make a trace from presets, lognormal lengths or conversations.",
     "plan": "Print the static plan for a list of requests.",
     "demo": "FCFS and annealing side by side on a generated workload.",
+    "token": "Make bearer tokens for serve --tokens-file.",
     "patch": "Show, check or export the patches that are put into LMDeploy.",
     "tiny-model": "Write a small random checkpoint for trials, offline.",
 }

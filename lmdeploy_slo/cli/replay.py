@@ -14,7 +14,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from lmdeploy_slo.cli import connection
 from lmdeploy_slo.cli.generate import check_target, check_timeout
+from lmdeploy_slo.client.channel import OPEN_ACCESS, Access
 from lmdeploy_slo.clock import MonotonicClock
 from lmdeploy_slo.config import ENV_TRACES_DIR, traces_dir
 from lmdeploy_slo.core.metrics import summarize
@@ -83,6 +85,12 @@ def replay(
             help=f"Where a TRACE is looked for that is not found as named; else {ENV_TRACES_DIR}.",
         ),
     ] = None,
+    tls: connection.Tls = False,
+    ca: connection.Ca = None,
+    cert: connection.Cert = None,
+    key: connection.Key = None,
+    token: connection.Token = None,
+    insecure: connection.Insecure = False,
 ) -> None:
     """Replay recorded traces against a server and report SLO attainment.
 
@@ -96,8 +104,9 @@ def replay(
     check_slo_tasks(slos, rows)
     requests = build_workload(rows, slos=slos, speedup=speedup, limit=limit, length_noise=length_noise, seed=seed)
     check_writable([json_out, requests_out])
+    access = connection.access(tls=tls, ca=ca, cert=cert, key=key, token=token, insecure=insecure)
 
-    replayed = replay_with_progress(target, requests, timeout_s=timeout_s)
+    replayed = replay_with_progress(target, requests, timeout_s=timeout_s, access=access)
 
     run = summarize(replayed.records, policy=replayed.policy, speedup=speedup, seed=seed)
     if json_out is not None:
@@ -119,7 +128,12 @@ def find_traces(names: Sequence[str], folder: Path | None) -> list[Path]:
 
 
 def replay_with_progress(
-    target: str, requests: Sequence[OfferedRequest], *, timeout_s: float | None = None, label: str = "replay"
+    target: str,
+    requests: Sequence[OfferedRequest],
+    *,
+    timeout_s: float | None = None,
+    label: str = "replay",
+    access: Access = OPEN_ACCESS,
 ) -> Replayed:
     """Replays with a progress bar on stderr; the first Ctrl-C stops the replay."""
     columns = (
@@ -143,6 +157,7 @@ def replay_with_progress(
                     clock=MonotonicClock(),
                     timeout_s=timeout_s,
                     stop=stop,
+                    access=access,
                     on_progress=lambda sent, ended: bar.update(line, completed=ended, open=sent - ended),
                 )
             finally:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from lmdeploy_slo.client.asynchronous import AsyncClient, AsyncStream
 from lmdeploy_slo.client.blocking import Client, Stream
+from lmdeploy_slo.client.channel import tls_credentials
 from lmdeploy_slo.client.errors import ClientError, ServerUnreachable
 from lmdeploy_slo.client.explanation import (
     Explanation,
@@ -69,5 +70,6 @@ __all__ = [
     "Timing",
     "TokenLogprob",
     "Usage",
+    "tls_credentials",
     "WaitTime",
 ]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import grpc.aio
 
-from lmdeploy_slo.client.channel import CHANNEL_OPTIONS, INFO_TIMEOUT_S, ChannelOptions, Metadata
+from lmdeploy_slo.client.channel import CHANNEL_OPTIONS, INFO_TIMEOUT_S, Access, ChannelOptions, Metadata
 from lmdeploy_slo.client.errors import ClientError, error_of
 from lmdeploy_slo.client.explanation import Explanation, explanation_of
 from lmdeploy_slo.client.request import GenerateOptions, Prompt, build_request
@@ -57,6 +57,8 @@ class AsyncClient:
         target: str,
         *,
         credentials: grpc.ChannelCredentials | None = None,
+        token: str | None = None,
+        insecure: bool = False,
         channel_options: ChannelOptions = (),
         retry: RetryPolicy | None = None,
         clock: Clock | None = None,
@@ -64,6 +66,7 @@ class AsyncClient:
         random: Callable[[], float] = random_module.random,
     ) -> None:
         self._target = target
+        self._metadata = Access(credentials, token, insecure).metadata_for(target)
         self._credentials = credentials
         self._options = (*CHANNEL_OPTIONS, *channel_options)
         self._channel: grpc.aio.Channel | None = None
@@ -94,7 +97,8 @@ class AsyncClient:
         """The answer as it is generated. The request is sent at once; leaving or closing the stream cancels it."""
         request = build_request(prompt, options)
         attempts = self._attempts(timeout_s=timeout_s, resend_safe=True)
-        return AsyncStream(partial(self._stub().GenerateStream, request, metadata=metadata), attempts, self._sleep)
+        start = partial(self._stub().GenerateStream, request, metadata=(*metadata, *self._metadata))
+        return AsyncStream(start, attempts, self._sleep)
 
     async def predict(
         self,
@@ -167,7 +171,7 @@ class AsyncClient:
         attempts = self._attempts(timeout_s=timeout_s, resend_safe=resend_safe)
         while True:
             try:
-                return await send(request, timeout=attempts.remaining_s(), metadata=metadata)
+                return await send(request, timeout=attempts.remaining_s(), metadata=(*metadata, *self._metadata))
             except grpc.aio.AioRpcError as failure:
                 error = error_of(failure)
                 wait_s = attempts.wait_after_s(error)

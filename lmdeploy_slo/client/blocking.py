@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from lmdeploy_slo.client.channel import CHANNEL_OPTIONS, INFO_TIMEOUT_S, ChannelOptions, Metadata
+from lmdeploy_slo.client.channel import CHANNEL_OPTIONS, INFO_TIMEOUT_S, Access, ChannelOptions, Metadata
 from lmdeploy_slo.client.errors import ClientError, error_of
 from lmdeploy_slo.client.explanation import Explanation, explanation_of
 from lmdeploy_slo.client.request import GenerateOptions, Prompt, build_request
@@ -48,7 +48,8 @@ class Client:
         print(client.generate("Hello", e2e_ms=2000).text)
 
     target: "host:port", or any other name that gRPC resolves. The connection is made by the first call.
-    credentials: for TLS, as from grpc.ssl_channel_credentials(); None is plain text.
+    credentials: for TLS, as from tls_credentials(); None is plain text.
+    token: a bearer token that every call carries; over plain text to this machine alone, unless `insecure`.
     clock, sleep and random: what repeating uses; tests pass their own.
 
     Every call raises InvalidRequest, another RequestError or a ClientError (see lmdeploy_slo.client.errors).
@@ -61,12 +62,15 @@ class Client:
         target: str,
         *,
         credentials: grpc.ChannelCredentials | None = None,
+        token: str | None = None,
+        insecure: bool = False,
         channel_options: ChannelOptions = (),
         retry: RetryPolicy | None = None,
         clock: Clock | None = None,
         sleep: Callable[[float], None] = time.sleep,
         random: Callable[[], float] = random_module.random,
     ) -> None:
+        self._metadata = Access(credentials, token, insecure).metadata_for(target)
         options = (*CHANNEL_OPTIONS, *channel_options)
         if credentials is None:
             self._channel = grpc.insecure_channel(target, options=options)
@@ -101,7 +105,8 @@ class Client:
         """The answer as it is generated. The request is sent at once; leaving or closing the stream cancels it."""
         request = build_request(prompt, options)
         attempts = self._attempts(timeout_s=timeout_s, resend_safe=True)
-        return Stream(partial(self._stub.GenerateStream, request, metadata=metadata), attempts, self._sleep)
+        start = partial(self._stub.GenerateStream, request, metadata=(*metadata, *self._metadata))
+        return Stream(start, attempts, self._sleep)
 
     def predict(
         self,
@@ -161,7 +166,7 @@ class Client:
     ) -> Any:
         attempts = self._attempts(timeout_s=timeout_s, resend_safe=resend_safe)
         while True:
-            call = method.future(request, timeout=attempts.remaining_s(), metadata=metadata)
+            call = method.future(request, timeout=attempts.remaining_s(), metadata=(*metadata, *self._metadata))
             try:
                 return call.result()
             except grpc.FutureCancelledError:

@@ -22,6 +22,7 @@ import grpc.aio
 import numpy as np
 from google.protobuf.message import DecodeError
 
+from lmdeploy_slo.client.channel import OPEN_ACCESS, Access, Metadata
 from lmdeploy_slo.client.errors import error_of
 from lmdeploy_slo.clock import Clock
 from lmdeploy_slo.core.metrics import RequestRecord
@@ -88,6 +89,7 @@ async def replay(
     timeout_s: float | None = None,
     stop: asyncio.Event | None = None,
     on_progress: Progress | None = None,
+    access: Access = OPEN_ACCESS,
 ) -> Replayed:
     """Sends `requests`, which are in order of `due_s`, to the server at `target` (HOST:PORT) and waits for all ends.
 
@@ -95,12 +97,13 @@ async def replay(
     stop: once set, nothing more is sent and what is open is cancelled. A cancelled call does the same and raises.
     Raises SloError where the server cannot be reached or does not say what it is.
     """
-    async with _open_channels(target) as channels:
-        server, model = await _ask(channels[0], target)
+    metadata = access.metadata_for(target)
+    async with _open_channels(target, access) as channels:
+        server, model = await _ask(channels[0], target, metadata)
         await asyncio.gather(*(_connect(channel, target) for channel in channels))
         replayed = Replayed(server.policy, model.synthetic)
         vocabulary = model.vocab_size if model.HasField("vocab_size") else _UNKNOWN_VOCABULARY
-        run = _Run(replayed, channels, clock, timeout_s, on_progress)
+        run = _Run(replayed, channels, clock, timeout_s, on_progress, metadata)
         await run.run(requests, request_bytes(requests, vocabulary, emulation=model.synthetic), stop)
         return replayed
 
@@ -140,21 +143,24 @@ def _slo_message(slo: Slo) -> inference_pb2.Slo | None:
 
 
 @asynccontextmanager
-async def _open_channels(target: str) -> AsyncIterator[list[grpc.aio.Channel]]:
+async def _open_channels(target: str, access: Access) -> AsyncIterator[list[grpc.aio.Channel]]:
+    def open_one() -> grpc.aio.Channel:
+        if access.credentials is None:
+            return grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
+        return grpc.aio.secure_channel(target, access.credentials, options=_CHANNEL_OPTIONS)
+
     async with AsyncExitStack() as stack:
-        yield [
-            await stack.enter_async_context(grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS))
-            for _ in range(CHANNELS)
-        ]
+        yield [await stack.enter_async_context(open_one()) for _ in range(CHANNELS)]
 
 
 async def _ask(
-    channel: grpc.aio.Channel, target: str
+    channel: grpc.aio.Channel, target: str, metadata: Metadata
 ) -> tuple[inference_pb2.GetServerInfoResponse, inference_pb2.GetModelInfoResponse]:
     stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)  # type: ignore[no-untyped-call]
     try:
-        server = await stub.GetServerInfo(inference_pb2.GetServerInfoRequest(), timeout=_CONNECT_TIMEOUT_S)
-        model = await stub.GetModelInfo(inference_pb2.GetModelInfoRequest(), timeout=_CONNECT_TIMEOUT_S)
+        call = {"timeout": _CONNECT_TIMEOUT_S, "metadata": metadata}
+        server = await stub.GetServerInfo(inference_pb2.GetServerInfoRequest(), **call)
+        model = await stub.GetModelInfo(inference_pb2.GetModelInfoRequest(), **call)
     except grpc.aio.AioRpcError as error:
         raise SloError(f"--target {target}: {error_of(error)}") from error
     return server, model
@@ -180,7 +186,9 @@ class _Run:
         clock: Clock,
         timeout_s: float | None,
         on_progress: Progress | None,
+        metadata: Metadata,
     ) -> None:
+        self._metadata = metadata or None
         self._replayed = replayed
         # Without serialisers, messages are bytes both ways.
         self._calls: list[Any] = [channel.unary_stream(_STREAM_METHOD) for channel in channels]
@@ -228,7 +236,8 @@ class _Run:
         )
         sent_s = clock.now_s() - start_at_s
         self._replayed.lateness_s.append(sent_s - request.due_s)
-        call = self._calls[self._sent % len(self._calls)](payload, timeout=self._timeout_s)
+        send = self._calls[self._sent % len(self._calls)]
+        call = send(payload, timeout=self._timeout_s, metadata=self._metadata)
         self._sent += 1
         self._on_progress(self._sent, len(self._replayed.records))
         last_message = b""
