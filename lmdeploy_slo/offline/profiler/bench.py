@@ -43,16 +43,24 @@ _LOOK_AGAIN_S = 0.005
 _PATIENCE_S = 60.0
 """How long anything may take beyond what is expected of it."""
 
+_NOT_AT_ONCE = "the sequences did not all decode at the same time"
+_NOT_TOGETHER = "the prompts were not computed in one pass"
+
 # Random ids, so that no prefix cache finds a prompt; the first ids of most vocabularies are special.
 _FIRST_ID, _LAST_ID, _UNKNOWN_VOCABULARY = 256, 32000, 1024
 
 
 @dataclass(slots=True)
 class Shots:
-    """What came of a visit: observations, and how many shots told nothing."""
+    """What came of a visit: observations, and how many shots told nothing, with why the last of them did not."""
 
     observations: list[Observation] = field(default_factory=list)
     spoiled: int = 0
+    why: str = ""
+
+    def spoil(self, why: str) -> None:
+        self.spoiled += 1
+        self.why = why
 
 
 class Bench:
@@ -103,7 +111,7 @@ class Bench:
         for _ in range(shots):
             answer = await self._soon(self._send(self._prompt(point.prompt_tokens), 1).answer(), believed, point)
             if answer.output_tokens < 1 or answer.prefill_s <= 0:
-                found.spoiled += 1
+                found.spoil("no time passed")
                 continue
             found.observations.append(
                 prefill_observation(1, point.prompt_tokens, answer.prefill_s, max_prefill_tokens=most, point=point.name)
@@ -121,7 +129,7 @@ class Bench:
             answer = await self._soon(probe.answer(), believed, point)
             steps = answer.output_tokens - 1
             if await background.is_short() or steps < 1 or answer.decode_s <= 0:
-                found.spoiled += 1
+                found.spoil(_NOT_AT_ONCE)
                 break
             background.on_passes(answer, self._clock.now_s())
             found.observations.append(
@@ -148,8 +156,11 @@ class Bench:
             seconds = max([await self._token_came_at_s(call, believed, point) for call in calls]) - began_at_s
             apart_s = max(self._target.info.jitter_s, SAME_PASS_SHARE * seconds)
             one_pass = max(seen_ends_s) - min(seen_ends_s) <= apart_s < min(seen_ends_s) - seen_begin_s
-            if await background.is_short() or not one_pass or calls[-1].sent_at_s >= seen_begin_s:
-                found.spoiled += 1
+            if await background.is_short():
+                found.spoil(_NOT_AT_ONCE)
+                break
+            if not one_pass or calls[-1].sent_at_s >= seen_begin_s:
+                found.spoil(_NOT_TOGETHER)
                 continue
             found.observations.append(
                 Observation(

@@ -66,11 +66,11 @@ def limits_of(
     info: TargetInfo, *, max_batch_size: int | None = None, max_session_tokens: int | None = None
 ) -> GridLimits:
     """The engine's own limits; those given lower them."""
-    session = min(info.max_session_tokens or LONGEST_SESSION, max_session_tokens or math.inf)
+    session = min(info.max_session_tokens or math.inf, max_session_tokens or math.inf)
     return GridLimits(
         max_batch_size=min(info.limits.max_batch_size, max_batch_size or info.limits.max_batch_size),
         max_prefill_tokens=info.limits.max_prefill_tokens,
-        max_session_tokens=int(session),
+        max_session_tokens=LONGEST_SESSION if session == math.inf else int(session),
         kv_tokens=info.limits.kv_tokens,
     )
 
@@ -173,7 +173,7 @@ class Profiler:
             state.spoiled[point.name] = state.spoiled.get(point.name, 0) + shots.spoiled
             known = sum(o.point == point.name for o in state.observations)
             if state.spoiled[point.name] >= _SPOILED_ENOUGH and state.spoiled[point.name] > known:
-                state.given_up[point.name] = f"{state.spoiled[point.name]} shots told nothing"
+                state.given_up[point.name] = f"{shots.why} in {state.spoiled[point.name]} shots"
                 logger.warning("%s: given up, %s", point.name, state.given_up[point.name])
         state.save()
 

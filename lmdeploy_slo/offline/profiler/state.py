@@ -75,7 +75,7 @@ class ProfilerState:
             "spoiled": self.spoiled,
             "given_up": self.given_up,
         }
-        lines = ",\n".join("  " + json.dumps(asdict(observation)) for observation in self.observations)
+        lines = ",\n".join("  " + json.dumps(_as_read(observation)) for observation in self.observations)
         return json.dumps(head, indent=1)[:-2] + f',\n "observations": [\n{lines}\n]}}\n'
 
     @property
@@ -96,6 +96,14 @@ class ProfilerState:
             beside.replace(self.path)
         except OSError as error:
             raise ConfigError(f"{self.path}: cannot be written: {error.strerror or error}") from error
+
+
+def _as_read(observation: Observation) -> dict[str, Any]:
+    """With floats where it will be read with floats, so that what is read is written as it was."""
+    return {
+        name: value if isinstance(value, str) or name in ("steps", "prompts") else float(value)
+        for name, value in asdict(observation).items()
+    }
 
 
 def identity_of(info: TargetInfo) -> dict[str, str]:
