@@ -12,7 +12,8 @@ tokens. It counts right also where the tokens of a pass arrive in parts, or thos
 pass, what is left went into it: prompts are computed in the order they were sent, at most `max_prefill_tokens` a pass.
 A request that could have had its first token and has none waits inside the engine; no work is ascribed to it.
 
-A window ends with a first token, with a pass that computes a part of a long prompt, else after `WINDOW_STEPS` passes.
+A window ends with a first token (unless the tokens of a pass arrive in parts, and their instants say less), with a pass
+that computes a part of a long prompt, else after `WINDOW_STEPS` passes.
 One whose work cannot be known (its clock was aborted, somebody was evicted or is computed anew, a pass would have
 computed more than it can) is dropped. What is ascribed to a prompt that is under way is believed only once its first
 token comes when it is due. The first window after the engine was idle begins when the request that ended the idleness
@@ -32,6 +33,9 @@ WINDOW_STEPS = 8
 
 SHORTEST_S = 0.002
 """A shorter window goes on: what event loops add would be most of it."""
+
+PARTS = 4
+"""Where the tokens of a pass arrive in parts, so many more than a pass gives may be still to come."""
 
 
 @dataclass(slots=True)
@@ -223,7 +227,7 @@ class StepObserver:
         compute them anew is not known."""
         self._parts += 0.02 * ((passes == 0) - self._parts)
         owed = self._owed * 0.99**passes + passes * batch - tokens
-        tolerance = batch if self._parts > 0.01 else 0.5  # a part of the last pass may be still to come
+        tolerance = batch + PARTS if self._in_parts else 0.5  # parts of the last passes may be still to come
         paused = max(self._owed, owed) > tolerance
         self._owed = 0.0 if passes and tokens == passes * batch else owed
         return paused
@@ -248,10 +252,17 @@ class StepObserver:
         if not self._decoding:
             self._context = 0.0  # not what rounding has left
 
+    @property
+    def _in_parts(self) -> bool:
+        """Whether the tokens of a pass come in parts: then single passes cannot be timed well."""
+        return self._parts > 0.01
+
     def _is_due(self, window: _Window, passes: int, at_s: float) -> bool:
         if at_s - window.begun_at_s < SHORTEST_S:
             return False
-        return window.has_first_token or passes >= WINDOW_STEPS or self._partly_computed(0.0) is not None
+        if passes >= WINDOW_STEPS or window.held or self._partly_computed(0.0) is not None:
+            return True
+        return window.has_first_token and not self._in_parts
 
     def _partly_computed(self, own_tokens: float) -> tuple[_Prompt, float] | None:
         """The prompt that is next, and how much of it the last pass computed beside `own_tokens` of others; None where
