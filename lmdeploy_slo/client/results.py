@@ -189,7 +189,8 @@ class Load:
     """What the server is doing. Counters run since it started; `with_slo` leaves cancelled requests out.
 
     failed_plans: of `plans`, those where the policy failed and arrival order stood in. output_tokens: generated.
-    oldest_wait_ms: None where none waits. last_plan: None before the first. last_minute: by task.
+    oldest_wait_ms: None where none waits. last_plan: None before the first. last_minute: by task. refused: by reason;
+    also malformed requests and those whose id was in use, which are not among `rejected`.
     """
 
     waiting: int
@@ -213,6 +214,7 @@ class Load:
     output_tokens: int
     last_plan: PlanQuality | None
     last_minute: tuple[TaskLoad, ...]
+    refused: dict[str, int]
 
 
 def generation_of(message: pb.GenerateResponse) -> Generation:
@@ -248,6 +250,7 @@ def load_of(message: pb.GetLoadResponse) -> Load:
     nested = {
         "last_plan": plain(PlanQuality, message.last_plan) if message.HasField("last_plan") else None,
         "last_minute": tuple(plain(TaskLoad, task) for task in message.last_minute),
+        "refused": dict(message.refused),
     }
     return Load(**values(Load, message, nested))
 

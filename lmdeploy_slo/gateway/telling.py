@@ -47,6 +47,7 @@ def to_load(load: RuntimeLoad) -> pb.GetLoadResponse:
         output_tokens=load.output_tokens,
         last_plan=None if load.last_plan is None else _to_quality(load.last_plan.plan.quality),
         last_minute=[_to_task(task, counts) for task, counts in load.last_minute.items()],
+        refused=load.refused,
     )
 
 

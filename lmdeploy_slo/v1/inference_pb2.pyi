@@ -343,7 +343,14 @@ class GetLoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetLoadResponse(_message.Message):
-    __slots__ = ("waiting", "in_flight", "waiting_prompt_tokens", "kv_usage", "finished", "rejected", "timed_out", "failed", "cancelled", "with_slo", "slo_met", "plans", "last_plan_ms", "mean_plan_ms", "draining", "failed_plans", "max_in_flight", "oldest_wait_ms", "output_tokens", "last_plan", "last_minute")
+    __slots__ = ("waiting", "in_flight", "waiting_prompt_tokens", "kv_usage", "finished", "rejected", "timed_out", "failed", "cancelled", "with_slo", "slo_met", "plans", "last_plan_ms", "mean_plan_ms", "draining", "failed_plans", "max_in_flight", "oldest_wait_ms", "output_tokens", "last_plan", "last_minute", "refused")
+    class RefusedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     WAITING_FIELD_NUMBER: _ClassVar[int]
     IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     WAITING_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -365,6 +372,7 @@ class GetLoadResponse(_message.Message):
     OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LAST_PLAN_FIELD_NUMBER: _ClassVar[int]
     LAST_MINUTE_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
     waiting: int
     in_flight: int
     waiting_prompt_tokens: int
@@ -386,7 +394,8 @@ class GetLoadResponse(_message.Message):
     output_tokens: int
     last_plan: PlanQuality
     last_minute: _containers.RepeatedCompositeFieldContainer[TaskLoad]
-    def __init__(self, waiting: _Optional[int] = ..., in_flight: _Optional[int] = ..., waiting_prompt_tokens: _Optional[int] = ..., kv_usage: _Optional[float] = ..., finished: _Optional[int] = ..., rejected: _Optional[int] = ..., timed_out: _Optional[int] = ..., failed: _Optional[int] = ..., cancelled: _Optional[int] = ..., with_slo: _Optional[int] = ..., slo_met: _Optional[int] = ..., plans: _Optional[int] = ..., last_plan_ms: _Optional[float] = ..., mean_plan_ms: _Optional[float] = ..., draining: bool = ..., failed_plans: _Optional[int] = ..., max_in_flight: _Optional[int] = ..., oldest_wait_ms: _Optional[float] = ..., output_tokens: _Optional[int] = ..., last_plan: _Optional[_Union[PlanQuality, _Mapping]] = ..., last_minute: _Optional[_Iterable[_Union[TaskLoad, _Mapping]]] = ...) -> None: ...
+    refused: _containers.ScalarMap[str, int]
+    def __init__(self, waiting: _Optional[int] = ..., in_flight: _Optional[int] = ..., waiting_prompt_tokens: _Optional[int] = ..., kv_usage: _Optional[float] = ..., finished: _Optional[int] = ..., rejected: _Optional[int] = ..., timed_out: _Optional[int] = ..., failed: _Optional[int] = ..., cancelled: _Optional[int] = ..., with_slo: _Optional[int] = ..., slo_met: _Optional[int] = ..., plans: _Optional[int] = ..., last_plan_ms: _Optional[float] = ..., mean_plan_ms: _Optional[float] = ..., draining: bool = ..., failed_plans: _Optional[int] = ..., max_in_flight: _Optional[int] = ..., oldest_wait_ms: _Optional[float] = ..., output_tokens: _Optional[int] = ..., last_plan: _Optional[_Union[PlanQuality, _Mapping]] = ..., last_minute: _Optional[_Iterable[_Union[TaskLoad, _Mapping]]] = ..., refused: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class PlanQuality(_message.Message):
     __slots__ = ("start", "start_score", "score", "evaluations", "engine_second_price")
