@@ -309,6 +309,9 @@ def remarks(
 ) -> list[str]:
     """What the table does not say: what could not be measured, and where things are."""
     lines = [f"{point}: not measured, {why}" for point, why in state.given_up.items()]
+    widest, takes = measured.fitted.range.batch_size, state.limits.max_batch_size
+    if widest is not None and widest[1] < takes:
+        lines.append(f"batches of more than {widest[1]:.0f} were not measured, the engine takes {takes}")
     if measured.fitted.set_aside:
         lines.append(f"{len(measured.fitted.set_aside)} repeats were disturbed and set aside")
     if info.synthetic:
