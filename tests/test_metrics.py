@@ -54,14 +54,17 @@ async def test_a_finished_request(bench: Bench) -> None:
         ("time_per_output_token_seconds_sum", 0.04),
         ("e2e_request_latency_seconds_sum", 0.58),
         ("request_queue_time_seconds_sum", 0.0),
-        ("request_prefill_time_seconds_sum", 0.5),
-        ("request_decode_time_seconds_sum", 0.08),
-        ("request_prompt_tokens_sum", 300),
-        ("request_generation_tokens_sum", 3),
         ("slo_requests_total", 1),
         ("slo_met_total", 0),
     ):
         assert value(metrics, name, task="chat") == pytest.approx(expected), name
+    for name, expected in (
+        ("request_prefill_time_seconds_sum", 0.5),
+        ("request_decode_time_seconds_sum", 0.08),
+        ("request_prompt_tokens_sum", 300),
+        ("request_generation_tokens_sum", 3),
+    ):
+        assert value(metrics, name) == pytest.approx(expected), name
     assert value(metrics, "time_to_first_token_seconds_bucket", task="chat", le="0.5") == 1
     assert value(metrics, "time_to_first_token_seconds_bucket", task="chat", le="0.3") == 0
     assert value(metrics, "requests_total", task="chat", status="finished") == 1
@@ -185,12 +188,12 @@ async def test_labels_are_bounded_and_name_nobody(bench: Bench) -> None:
     page = generate_latest(metrics.registry).decode()
     samples = [s for family in text_string_to_metric_families(page) for s in family.samples]
     tasks = {sample.labels["task"] for sample in samples if "task" in sample.labels}
-    assert len(tasks) == 33  # 32 and "other"
+    assert len(tasks) == 17  # 16 and "other"
     assert {"chat", "other", "task-0"} <= tasks
-    assert value(metrics, "requests_total", task="other", status="finished") == 69
+    assert value(metrics, "requests_total", task="other", status="finished") == 85
     assert "who-" not in page
     assert "id-" not in page
-    assert len(samples) < 15_000
+    assert len(samples) < 3000
 
 
 def test_status_and_reason_series_exist_from_the_start() -> None:

@@ -21,9 +21,9 @@ from lmdeploy_slo.runtime.statistics import RuntimeLoad
 
 PREFIX = "lmdeploy_slo:"
 
-_SHORT_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 20, 40, 80, 160)
-_LONG_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 40, 60, 90, 120, 240, 480, 960)
-_PER_TOKEN_S = (0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
+_SHORT_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 60, 180)
+_LONG_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 60, 120, 300, 900)
+_PER_TOKEN_S = (0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 1)
 _TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 _PLAN_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0015, 0.002, 0.0025, 0.003, 0.004, 0.006, 0.01, 0.02, 0.05, 0.1, 0.5)
 _EVALUATIONS = (1, 10, 25, 50, 100, 200, 400, 800, 1600, 3200, 6400)
@@ -68,10 +68,10 @@ class Metrics:
         )
         self.e2e = histogram("e2e_request_latency_seconds", "Arrival to last token.", _LONG_S, "task")
         self.queue = histogram("request_queue_time_seconds", "Arrival to dispatch into the engine.", _SHORT_S, "task")
-        self.prefill = histogram("request_prefill_time_seconds", "Dispatch to first token.", _SHORT_S, "task")
-        self.decode = histogram("request_decode_time_seconds", "First to last token.", _LONG_S, "task")
-        self.prompt = histogram("request_prompt_tokens", "Prompt tokens of a finished request.", _TOKENS, "task")
-        self.output = histogram("request_generation_tokens", "Output tokens of a finished request.", _TOKENS, "task")
+        self.prefill = histogram("request_prefill_time_seconds", "Dispatch to first token.", _SHORT_S)
+        self.decode = histogram("request_decode_time_seconds", "First to last token.", _LONG_S)
+        self.prompt = histogram("request_prompt_tokens", "Prompt tokens of a finished request.", _TOKENS)
+        self.output = histogram("request_generation_tokens", "Output tokens of a finished request.", _TOKENS)
         self.requests = counter("requests", "Requests that ended, by how; refused ones included.", "task", "status")
         self.with_slo = counter("slo_requests", "Ended requests with an objective; not those cancelled.", "task")
         self.met = counter("slo_met", "Of slo_requests, those that met every objective.", "task")
@@ -110,6 +110,11 @@ class Metrics:
         for name in ended.spec.slo.broken_by(timing):
             task.violations[name].inc()
         task.observe(ended)
+        self.prompt.observe(ended.spec.prompt_tokens)
+        self.output.observe(timing.output_tokens)
+        if timing.ttft_s is not None and timing.queue_s is not None and timing.e2e_s is not None:
+            self.prefill.observe(timing.ttft_s - timing.queue_s)
+            self.decode.observe(timing.e2e_s - timing.ttft_s)
         predicted = ended.predicted
         self._compare("ttft", timing.ttft_s, predicted.ttft_s)
         self._compare("tpot", timing.tpot_s, predicted.tpot_s)
@@ -163,8 +168,6 @@ class _TaskMetrics:
     def __init__(self, metrics: Metrics, task: str) -> None:
         self.ttft, self.tpot = metrics.ttft.labels(task), metrics.tpot.labels(task)
         self.e2e, self.queue = metrics.e2e.labels(task), metrics.queue.labels(task)
-        self.prefill, self.decode = metrics.prefill.labels(task), metrics.decode.labels(task)
-        self.prompt, self.output = metrics.prompt.labels(task), metrics.output.labels(task)
         self.with_slo, self.met = metrics.with_slo.labels(task), metrics.met.labels(task)
         self.by_status = {status: metrics.requests.labels(task, status.value) for status in EndStatus}
         self.violations = {name: metrics.violations.labels(task, name) for name in OBJECTIVES}
@@ -175,10 +178,8 @@ class _TaskMetrics:
             self.met.inc()
 
     def observe(self, ended: EndedRequest) -> None:
-        """The latencies and lengths of a finished request."""
+        """The latencies of a finished request."""
         timing = ended.timing
-        self.prompt.observe(ended.spec.prompt_tokens)
-        self.output.observe(timing.output_tokens)
         if timing.e2e_s is not None:
             self.e2e.observe(timing.e2e_s)
         if timing.queue_s is not None:
@@ -187,10 +188,6 @@ class _TaskMetrics:
             self.tpot.observe(timing.tpot_s)
         if timing.ttft_s is not None:
             self.ttft.observe(timing.ttft_s)
-            if timing.queue_s is not None:
-                self.prefill.observe(timing.ttft_s - timing.queue_s)
-            if timing.e2e_s is not None:
-                self.decode.observe(timing.e2e_s - timing.ttft_s)
 
 
 _GAUGES: tuple[tuple[str, str, Callable[[RuntimeLoad], float | None]], ...] = (

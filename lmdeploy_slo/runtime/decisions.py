@@ -93,7 +93,7 @@ class DecisionLog:
         self._orders: list[_Order] = []
         self._entries = 0
         self._next_order_at_s = self._next_idle_order_at_s = -math.inf
-        self._step_s = 0.0
+        self._step_s = 0.0  # of a decode step when an order was remembered last
         self._full_s = self._held_s = 0.0  # so long in all
         self._full = self._held = False
         self._since_s = 0.0
@@ -113,11 +113,12 @@ class DecisionLog:
         self._pass_time(now_s)
         self._full = self._scheduler.free_slots == 0
         self._held = not self._full
-        if dispatches:
+        remember = now_s >= (self._next_order_at_s if snapshot.free_slots else self._next_idle_order_at_s)
+        if remember:
             self._step_s = step_time_s(snapshot)
-            for dispatch in dispatches:
-                self._remember_sent(dispatch, plan, now_s)
-        if now_s >= (self._next_order_at_s if snapshot.free_slots else self._next_idle_order_at_s):
+        for dispatch in dispatches:
+            self._remember_sent(dispatch, plan, now_s)
+        if remember:
             self._remember_order(now_s)
 
     def ended(self, handle: int, status: EndStatus, reason: str, slo_met: bool | None, now_s: float) -> None:
@@ -177,7 +178,7 @@ class DecisionLog:
     # -- explaining -----------------------------------------------------------
 
     def explain(self, request_id: str, now_s: float) -> Explanation | None:
-        """Of requests with the same id, the last; None where none is remembered. Takes less than a millisecond."""
+        """Of requests with the same id, the last; None where none is remembered. Takes a millisecond or less."""
         story = self._by_id.get(request_id)
         if story is None:
             return None

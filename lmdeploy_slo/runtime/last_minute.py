@@ -16,7 +16,7 @@ class TaskNames:
     """Task types as they may be counted by: those known beforehand and the first others that come, `limit` (>= 1) in
     all; whatever comes later is `other`, and requests without one are `none`."""
 
-    def __init__(self, limit: int = 32, known: Iterable[str] = ()) -> None:
+    def __init__(self, limit: int = 16, known: Iterable[str] = ()) -> None:
         self._known = dict.fromkeys(known)
         self._limit = max(limit, len(self._known))
 
