@@ -19,8 +19,9 @@ from typing import Any
 
 from lmdeploy_slo import __version__
 from lmdeploy_slo.clock import Clock, MonotonicClock
-from lmdeploy_slo.config import Config, EngineKind, LogFormat
+from lmdeploy_slo.config import Config, EngineKind, LogFormat, is_loopback
 from lmdeploy_slo.core.clients import ClientPolicies
+from lmdeploy_slo.core.request import ClientId
 from lmdeploy_slo.core.snapshot import EngineLimits
 from lmdeploy_slo.engine.base import Engine
 from lmdeploy_slo.engine.emulated import EmulatedEngine
@@ -28,8 +29,9 @@ from lmdeploy_slo.engine.lmdeploy import LmdeployEngine
 from lmdeploy_slo.engine.lmdeploy_options import LmdeployOptions
 from lmdeploy_slo.engine.prefill_limit import REFERENCE_BATCH, REFERENCE_CONTEXT, SMALLEST_LIMIT, prefill_token_limit
 from lmdeploy_slo.errors import ConfigError, MissingExtra
+from lmdeploy_slo.frontend.gate import HttpAccess
 from lmdeploy_slo.frontend.openai_door import HttpServer, build_http_app
-from lmdeploy_slo.gateway.identity import Identifier
+from lmdeploy_slo.gateway.identity import Identifier, name_in_peer_certificate
 from lmdeploy_slo.gateway.options import GatewayOptions
 from lmdeploy_slo.gateway.policy_file import read_policies
 from lmdeploy_slo.gateway.security import Security
@@ -40,7 +42,10 @@ from lmdeploy_slo.gateway.watched import Watched
 from lmdeploy_slo.observability.logs import set_up_logs
 from lmdeploy_slo.observability.watch import Watch, WatchOptions
 from lmdeploy_slo.prediction.length import TaskLengthPredictor
+from lmdeploy_slo.prediction.prefix import PrefixPredictor
 from lmdeploy_slo.prediction.profiles import load_profile
+from lmdeploy_slo.prediction.state import Learner, StateFile
+from lmdeploy_slo.runtime.keeper import Keeper
 from lmdeploy_slo.runtime.live import RuntimeOptions
 from lmdeploy_slo.runtime.runtime import Runtime
 from lmdeploy_slo.scheduling.limits import Limiter, Limits
@@ -182,11 +187,13 @@ def build_runtime(
         limits=replace(info.limits, max_batch_size=info.limits.max_batch_size + info.look_ahead),
         model=load_profile(config.engine.profile).step_model,
         lengths=TaskLengthPredictor(),
+        prefixes=PrefixPredictor() if options.calibrate else None,
         max_queued_requests=options.max_queued_requests,
     )
     runtime_options = RuntimeOptions(
         flush_interval_s=config.stream.flush_interval_ms / 1e3,
         shed=options.shed,
+        calibrate=options.calibrate,
         explain_requests=config.observability.explain_requests,
     )
     limits = config.limits
@@ -201,6 +208,23 @@ def build_runtime(
         policies or partial(ClientPolicies, limits.client_policy),
     )
     return Runtime(engine, scheduler, policy, clock, runtime_options, limiter=limiter)
+
+
+def http_access(config: Config, protection: Protection) -> HttpAccess:
+    """The same demands over HTTP."""
+    identifier, tls = protection.security.identifier, protection.security.tls
+
+    def is_operator(name: str | None) -> bool:
+        if name is None:
+            return is_loopback(config.server.host)
+        return protection.policies().of(ClientId(name)).operator
+
+    return HttpAccess(
+        name_of=lambda token, certificate: identifier.name_of(token, lambda: name_in_peer_certificate(certificate())),
+        is_operator=is_operator,
+        max_body_bytes=config.server.max_message_bytes,
+        tls=None if tls is None else tls.for_http(),
+    )
 
 
 def gateway_options(config: Config) -> GatewayOptions:
@@ -229,6 +253,20 @@ def watch_options(config: Config, runtime: Runtime) -> WatchOptions:
     )
 
 
+def state_file(config: Config, runtime: Runtime) -> StateFile | None:
+    """Where what the runtime learns is kept, None for nowhere. Raises ConfigError for a folder that cannot be used."""
+    if config.server.state_dir is None:
+        return None
+    scheduler, info = runtime.scheduler, runtime.engine.info
+    learners = {
+        "step_model": runtime.calibration if config.scheduler.calibrate else None,
+        "prefix_cache": scheduler.prefixes,
+        "output_lengths": scheduler.lengths,
+    }
+    kept = {name: learner for name, learner in learners.items() if isinstance(learner, Learner)}
+    return StateFile(config.server.state_dir, engine=info.name, model=info.model, learners=kept)
+
+
 @asynccontextmanager
 async def serving(config: Config, clock: Clock | None = None) -> AsyncIterator[Server]:
     """A server that takes requests inside the block: engine started, policy compiled, port bound.
@@ -244,14 +282,22 @@ async def serving(config: Config, clock: Clock | None = None) -> AsyncIterator[S
     watch = Watch(runtime, watch_options(config, runtime))
     http: HttpServer | None = None
     http_address: str | None = None
+    file = state_file(config, runtime)
+    keeper = None if file is None else Keeper(file)
     try:
+        if file is not None and keeper is not None:
+            restored = file.load()
+            logger.info("state: %s, of %s", file.path, ", ".join(restored) or "nothing yet")
+            keeper.start()
         await runtime.start()
         watch.start()
         port = await gateway.start(config.server.host, config.server.port)
         host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
         if config.server.http_port is not None:
-            routes = build_http_app(runtime, task_slos={name: task.slo for name, task in config.tasks.items()})
-            http = HttpServer(routes, config.server.host, config.server.http_port)
+            access = http_access(config, protection)
+            task_slos = {name: task.slo for name, task in config.tasks.items()}
+            routes = build_http_app(runtime, task_slos=task_slos, access=access)
+            http = HttpServer(routes, config.server.host, config.server.http_port, access.tls)
             http_address = f"{host}:{await http.start()}"
         yield Server(config, runtime, gateway, protection, f"{host}:{port}", http_address, watch.metrics_address)
     finally:
@@ -260,6 +306,8 @@ async def serving(config: Config, clock: Clock | None = None) -> AsyncIterator[S
             await http.close()
         await runtime.close()
         await watch.close()
+        if keeper is not None:
+            await keeper.close()
 
 
 async def serve(config: Config, announce: Callable[[str], None]) -> None:

@@ -1,11 +1,11 @@
 """The configuration of a server: a TOML file, then the environment, then command-line flags; read once.
 
-    [server]          host, port, http_port, drain_grace_s, default_max_new_tokens, max_message_bytes
+    [server]          host, port, http_port, drain_grace_s, default_max_new_tokens, max_message_bytes, state_dir
     [engine]          kind, model, profile, max_batch_size, max_prefill_tokens, prefill_for_tpot_ms, kv_tokens,
                       max_session_tokens; of LMDeploy alone: device, patched, look_ahead, chat_template,
                       trust_remote_code
     [engine.turbomind]  further fields of LMDeploy's TurbomindEngineConfig, by its names
-    [scheduler]       policy, seed, plan_budget_ms, max_queued_requests, queue_timeout_ms, shed
+    [scheduler]       policy, seed, plan_budget_ms, max_queued_requests, queue_timeout_ms, shed, calibrate
     [stream]          flush_interval_ms
     [limits]          max_streams, max_queued_tokens, max_wait_ms, queue_share, client_max_streams,
                       client_max_queued_requests, client_max_queued_tokens, client_tokens_per_s, client_burst_tokens
@@ -69,6 +69,7 @@ __all__ = [
     "ServerConfig",
     "StreamConfig",
     "TaskConfig",
+    "is_loopback",
     "load",
     "toml_value",
     "traces_dir",

@@ -58,10 +58,15 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+File = Annotated[Path, BeforeValidator(lambda value: Path(value) if isinstance(value, str) and value else value)]
+"""A path, also where other fields are read strictly."""
+
+
 class ServerConfig(Section):
     """Where the server listens, and how it ends. port 0: the operating system chooses.
 
-    http_port: where LMDeploy's own HTTP routes (OpenAI's among them) are served as well; unset: nowhere.
+    http_port: where LMDeploy's own HTTP routes (OpenAI's among them) are served as well; unset: nowhere. state_dir:
+    folder where what was learnt is kept over a restart; unset: it is not.
     """
 
     host: str = Field(default="127.0.0.1", min_length=1)
@@ -70,6 +75,7 @@ class ServerConfig(Section):
     drain_grace_s: float = Field(default=30.0, ge=0)  # how long SIGTERM waits for requests that have not ended
     default_max_new_tokens: int = Field(default=512, ge=1)  # of requests that name none
     max_message_bytes: int = Field(default=16 * 1024 * 1024, ge=4096)  # longest request taken
+    state_dir: File | None = None
 
 
 _OF_LMDEPLOY = ("device", "patched", "look_ahead", "chat_template", "trust_remote_code", "turbomind")
@@ -122,7 +128,8 @@ class SchedulerConfig(Section):
     """How requests are ordered.
 
     plan_budget_ms: wall time of one plan. max_queued_requests, queue_timeout_ms (of requests that name none): unset is
-    no bound. shed: refuse a sheddable request at once when its forecast breaks its SLO.
+    no bound. shed: refuse a sheddable request at once when its forecast breaks its SLO. calibrate: what is believed of
+    the engine's speed and of its prefix cache is refined by what is seen of them.
     """
 
     policy: str = Field(default="annealing", min_length=1)
@@ -131,6 +138,7 @@ class SchedulerConfig(Section):
     max_queued_requests: int | None = Field(default=None, ge=1)
     queue_timeout_ms: float | None = Field(default=None, gt=0, le=MAX_DURATION_MS)
     shed: bool = False
+    calibrate: bool = True
 
 
 class StreamConfig(Section):
@@ -183,10 +191,6 @@ class LimitsConfig(Section):
             tokens_per_s=self.client_tokens_per_s,
             burst_tokens=self.client_burst_tokens,
         )
-
-
-File = Annotated[Path, BeforeValidator(lambda value: Path(value) if isinstance(value, str) and value else value)]
-"""A path, also where other fields are read strictly."""
 
 
 class SecurityConfig(Section):

@@ -55,6 +55,12 @@ def serve(
     ),
     plan_budget_ms: float | None = _option("scheduler.plan_budget_ms", "Wall time of one plan."),
     seed: int | None = _option("scheduler.seed", "Of the annealing, and of lengths the emulated engine makes up."),
+    calibrate: bool | None = typer.Option(
+        None,
+        "--calibrate/--no-calibrate",
+        help="Refine what is believed of the engine by what it is seen to need.",
+        show_default="calibrate",
+    ),
     flush_interval_ms: float | None = _option(
         "stream.flush_interval_ms", "Tokens of a stream that come faster share a message; 0: one token a message."
     ),
@@ -105,6 +111,7 @@ def serve(
     log_content: bool = typer.Option(
         False, "--log-content", help="Log exceptions in full, though they may quote a prompt."
     ),
+    state_dir: str | None = _option("server.state_dir", "Folder where what was learnt is kept over a restart."),
     drain_grace_s: float | None = _option("server.drain_grace_s", "How long a shutdown waits for running requests."),
     config: Path | None = typer.Option(
         None, help="TOML file; environment variables and flags overrule it.", show_default=False
@@ -133,6 +140,7 @@ def serve(
         "scheduler.max_queued_requests": max_queued_requests,
         "scheduler.queue_timeout_ms": queue_timeout_ms,
         "scheduler.shed": shed,
+        "scheduler.calibrate": calibrate,
         "scheduler.plan_budget_ms": plan_budget_ms,
         "scheduler.seed": seed,
         "stream.flush_interval_ms": flush_interval_ms,
@@ -141,6 +149,7 @@ def serve(
         "server.port": port,
         "server.http_port": http_port,
         "server.drain_grace_s": drain_grace_s,
+        "server.state_dir": state_dir,
         "security.tls_cert": tls_cert,
         "security.tls_key": tls_key,
         "security.tls_client_ca": tls_client_ca,

@@ -68,8 +68,8 @@ class Scheduler:
     ) -> None:
         self.limits = limits
         self.model = model
-        self._lengths = lengths
-        self._prefixes = prefixes
+        self.lengths = lengths
+        self.prefixes = prefixes
         self._max_queued = max_queued_requests
         self._numbers = itertools.count(1)
         self._waiting = RowTable()
@@ -125,8 +125,8 @@ class Scheduler:
     def on_cached(self, handle: int, cached_tokens: int, at_s: float) -> None:
         """The engine tells, with the first token, how much of a request's prompt was in the prefix cache."""
         spec = self._specs.get(handle)
-        if self._prefixes is not None and spec is not None:
-            self._prefixes.observe(spec, cached_tokens, at_s)
+        if self.prefixes is not None and spec is not None:
+            self.prefixes.observe(spec, cached_tokens, at_s)
             self._expect_anew(spec)
 
     def finish(self, handle: int, output_tokens: int, at_s: float | None = None) -> None:
@@ -134,9 +134,9 @@ class Scheduler:
         the instant is told, that the next turn of its conversation may find it in the prefix cache."""
         spec = self._specs[handle]
         if self.drop(handle):
-            self._lengths.observe(spec, output_tokens)
-            if self._prefixes is not None and at_s is not None:
-                self._prefixes.finish(spec, output_tokens, at_s)
+            self.lengths.observe(spec, output_tokens)
+            if self.prefixes is not None and at_s is not None:
+                self.prefixes.finish(spec, output_tokens, at_s)
                 self._expect_anew(spec)
 
     # -- planning -------------------------------------------------------------
@@ -146,7 +146,7 @@ class Scheduler:
         running = self._running.copy()
         if len(running):
             running.flags.writeable = True
-            self._lengths.revise(running)
+            self.lengths.revise(running)
             running.flags.writeable = False
         return Snapshot(now_s, self._waiting.copy(), running, self.limits, self.model)
 
@@ -207,11 +207,11 @@ class Scheduler:
 
     def forecast(self, spec: RequestSpec) -> LengthForecast:
         """The output length this request would be planned with."""
-        return self._lengths.predict(spec)
+        return self.lengths.predict(spec)
 
     def expected_cached_tokens(self, spec: RequestSpec) -> float:
         """How much of its prompt this request would be planned with as being in the prefix cache."""
-        return 0.0 if self._prefixes is None else self._prefixes.predict(spec)
+        return 0.0 if self.prefixes is None else self.prefixes.predict(spec)
 
     def cached_tokens(self, handle: int) -> float:
         """How much of a running request's prompt it was planned with as being in the prefix cache; 0 where unknown."""
@@ -260,7 +260,7 @@ class Scheduler:
                 self._waiting.set(handle, "cached_tokens", cached_tokens)
 
     def _row(self, handle: int, spec: RequestSpec) -> tuple[float, ...]:
-        forecast = self._lengths.predict(spec)
+        forecast = self.lengths.predict(spec)
         cached_tokens = self.expected_cached_tokens(spec)
         slo = spec.slo
         return (
