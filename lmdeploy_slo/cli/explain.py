@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from lmdeploy_slo.cli import connection
 from lmdeploy_slo.cli.generate import check_target, describe_error
 from lmdeploy_slo.client import Client, Explanation, QueuePlace, RequestState, SentRequest
 from lmdeploy_slo.errors import SloError
@@ -24,13 +25,20 @@ def explain(
         str, typer.Option(metavar="HOST:PORT", help="The server.", callback=check_target)
     ] = "127.0.0.1:50051",
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead.")] = False,
+    tls: connection.Tls = False,
+    ca: connection.Ca = None,
+    cert: connection.Cert = None,
+    key: connection.Key = None,
+    token: connection.Token = None,
+    insecure: connection.Insecure = False,
 ) -> None:
     """Tell why a request waited: its places in the queue, what went before it and at what price.
 
     For requests that wait or run, and for the last ones that ended. Status 1: the server remembers nothing of it.
     """
     try:
-        with Client(target) as client:
+        how = connection.access(tls=tls, ca=ca, cert=cert, key=key, token=token, insecure=insecure)
+        with Client(target, credentials=how.credentials, token=how.token, insecure=how.insecure) as client:
             told = client.explain(request_id)
     except SloError as error:
         typer.echo(f"lmdeploy_slo: {describe_error(error, target)}", err=True)

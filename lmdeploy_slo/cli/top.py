@@ -16,6 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from lmdeploy_slo.cli import connection
 from lmdeploy_slo.cli.generate import check_target, describe_error
 from lmdeploy_slo.client import Client, Load, ModelInfo, PlanQuality, ServerInfo, TaskLoad
 from lmdeploy_slo.clock import Clock, MonotonicClock
@@ -32,6 +33,12 @@ def top(
     ] = "127.0.0.1:50051",
     interval_s: Annotated[float, typer.Option(min=0.1, max=60, help="Time between two frames.")] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Print one frame and exit.")] = False,
+    tls: connection.Tls = False,
+    ca: connection.Ca = None,
+    cert: connection.Cert = None,
+    key: connection.Key = None,
+    token: connection.Token = None,
+    insecure: connection.Insecure = False,
 ) -> None:
     """Watch a server: its queue, what runs, SLO attainment by task, how good its plans are.
 
@@ -39,7 +46,8 @@ def top(
     """
     console = Console()
     try:
-        with Client(target) as client:
+        how = connection.access(tls=tls, ca=ca, cert=cert, key=key, token=token, insecure=insecure)
+        with Client(target, credentials=how.credentials, token=how.token, insecure=how.insecure) as client:
             pictures = look(client, target, time.sleep, interval_s)
             if once:
                 console.print(frame(next(pictures)))
@@ -127,6 +135,11 @@ def _numbers(picture: Picture) -> RenderableType:
     others = ("rejected", "timed_out", "failed", "cancelled")
     counts = ", ".join(f"{getattr(load, name):,} {name.replace('_', ' ')}" for name in others)
     table.add_row("finished", f"{load.finished:,}", counts)
+    refused = sorted(load.refused.items(), key=lambda reason: -reason[1])
+    if refused:
+        table.add_row(
+            "refused", f"{sum(load.refused.values()):,}", ", ".join(f"{n:,} {reason}" for reason, n in refused)
+        )
     return Panel(table, title="now", title_align="left")
 
 

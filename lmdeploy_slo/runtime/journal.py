@@ -83,10 +83,14 @@ class Journal:
 
     @_harmless
     def planned(
-        self, snapshot: Snapshot, plan: Plan, dispatches: Sequence[Dispatch], planner: PlannerStatistics
+        self,
+        snapshot: Snapshot,
+        plan: Plan,
+        dispatches: Sequence[Dispatch],
+        planner: PlannerStatistics,
+        now_s: float,
     ) -> None:
         """A plan was applied; `dispatches` are about to be sent."""
-        now_s = self._clock.now_s()
         failed, self._failed_plans = planner.failures > self._failed_plans, planner.failures
         self.last_plan = applied = AppliedPlan(now_s, plan, planner.last_plan_s or 0.0, dispatches, failed)
         self._decisions.planned(snapshot, plan, dispatches, now_s)

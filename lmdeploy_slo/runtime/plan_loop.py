@@ -37,12 +37,12 @@ class PlanLoop:
         gap_s: float,
         *,
         report_progress: Callable[[], None],
-        on_plan: Callable[[Snapshot, Plan, Sequence[Dispatch]], None],
+        on_plan: Callable[[Snapshot, Plan, Sequence[Dispatch], float], None],
         dispatch: Callable[[Dispatch, float], None],
     ) -> None:
         """report_progress: brings the scheduler up to date before a snapshot. on_plan: is told of a plan that was
-        applied, before those it lets go are sent. dispatch: sends a request, at an instant, to the engine; must not
-        raise. gap_s: >= 0, see the module."""
+        applied, at an instant, before those it lets go are sent. dispatch: sends a request, at an instant, to the
+        engine; must not raise. gap_s: >= 0, see the module."""
         self._scheduler = scheduler
         self._planner = planner
         self._start_order = start_order
@@ -98,7 +98,7 @@ class PlanLoop:
         plan = await self._planner.plan(snapshot)
         now_s = self._clock.now_s()
         dispatches = self._scheduler.apply(plan, now_s)
-        self._on_plan(snapshot, plan, dispatches)
+        self._on_plan(snapshot, plan, dispatches, now_s)
         for dispatch in dispatches:
             self._dispatch(dispatch, now_s)
         if plan.replan_after_s is not None:

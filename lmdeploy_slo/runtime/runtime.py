@@ -296,8 +296,8 @@ class Runtime:
             logger.exception("the engine raised on submit of %s", request_id, extra={"request_id": request_id})
             self._end(live, EndStatus.FAILED, EngineError("the engine failed"), in_engine=False)
 
-    def _on_plan(self, snapshot: Snapshot, plan: Plan, dispatches: Sequence[Dispatch]) -> None:
-        self.journal.planned(snapshot, plan, dispatches, self._planner.statistics())
+    def _on_plan(self, snapshot: Snapshot, plan: Plan, dispatches: Sequence[Dispatch], now_s: float) -> None:
+        self.journal.planned(snapshot, plan, dispatches, self._planner.statistics(), now_s)
 
     def _set_engine_lost(self, lost: bool) -> None:
         if lost != self._engine_lost:
