@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import ssl
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from lmdeploy_slo.core.slo import NO_SLO, Slo
 from lmdeploy_slo.engine.lmdeploy import LmdeployEngine
 from lmdeploy_slo.errors import ConfigError, InvalidRequest
+from lmdeploy_slo.frontend.gate import Gate, HttpAccess
 from lmdeploy_slo.frontend.scheduled_engine import ScheduledEngine
 from lmdeploy_slo.frontend.terms import current_terms, terms_of_http
 from lmdeploy_slo.runtime.runtime import Runtime
@@ -25,9 +27,15 @@ logger = logging.getLogger(__name__)
 
 
 def build_http_app(
-    runtime: Runtime, *, task_slos: Mapping[str, Slo] | None = None, generation_config: str = "auto"
+    runtime: Runtime,
+    *,
+    task_slos: Mapping[str, Slo] | None = None,
+    generation_config: str = "auto",
+    access: HttpAccess | None = None,
 ) -> Any:
     """An ASGI application; `runtime` has been started and its engine is LMDeploy.
+
+    access: what is demanded of a call; None for nothing.
 
     task_slos: objectives of requests that name a task and carry none. generation_config: where sampling defaults come
     from, as LMDeploy's option of that name.
@@ -60,7 +68,7 @@ def build_http_app(
         app.include_router(create(context), dependencies=[terms])
     app.add_exception_handler(RequestValidationError, api_server.validation_exception_handler)
     api_server.mount_metrics(app, plain.backend_config)
-    return app
+    return Gate(app, access or HttpAccess())
 
 
 def _terms_reader(request_type: Any, task_slos: Mapping[str, Slo]) -> Callable[[Any], Awaitable[None]]:
@@ -85,12 +93,29 @@ def _terms_reader(request_type: Any, task_slos: Mapping[str, Slo]) -> Callable[[
     return read_terms
 
 
+def _protocol_with_certificate() -> Any:
+    """uvicorn's, which puts what the client's certificate says into `scope["state"]`."""
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+    class WithCertificate(AutoHTTPProtocol):  # type: ignore[misc]
+        app_state: dict[str, Any]
+
+        def connection_made(self, transport: Any) -> None:
+            secured = transport.get_extra_info("ssl_object")
+            certificate = None if secured is None else secured.getpeercert()
+            self.app_state = {**self.app_state, "certificate": certificate}
+            super().connection_made(transport)
+
+    return WithCertificate
+
+
 class HttpServer:
     """Serves an ASGI application on the running event loop, without touching signals."""
 
-    def __init__(self, app: Any, host: str, port: int) -> None:
-        """port 0: the operating system chooses."""
+    def __init__(self, app: Any, host: str, port: int, tls: ssl.SSLContext | None = None) -> None:
+        """port 0: the operating system chooses. tls: None for plain text."""
         self._app = app
+        self._tls = tls
         self._host = host
         self._port = port
         self._server: Any = None
@@ -114,7 +139,18 @@ class HttpServer:
             listening.close()
             raise ConfigError(f"http_port: {self._host}:{self._port} cannot be bound: {error}") from error
         port: int = listening.getsockname()[1]
-        config = uvicorn.Config(self._app, log_level="warning", lifespan="on", timeout_graceful_shutdown=1)
+        config = uvicorn.Config(
+            self._app,
+            http=_protocol_with_certificate(),
+            ws="none",
+            proxy_headers=False,
+            server_header=False,
+            log_level="warning",
+            lifespan="on",
+            timeout_graceful_shutdown=1,
+        )
+        config.load()
+        config.ssl = self._tls
         self._server = Server(config)
         self._task = asyncio.create_task(self._server.serve(sockets=[listening]), name="http-door")
         while not self._server.started:

@@ -16,7 +16,8 @@ from collections import deque
 from collections.abc import AsyncIterator
 from typing import Any
 
-from lmdeploy_slo.core.request import RequestSpec
+from lmdeploy_slo.core.clients import clamp
+from lmdeploy_slo.core.request import ClientId, PriorityClass, RequestSpec
 from lmdeploy_slo.engine.base import EngineRequest, Stopping
 from lmdeploy_slo.engine.lmdeploy_prepared import PreparedRequest
 from lmdeploy_slo.errors import (
@@ -30,6 +31,7 @@ from lmdeploy_slo.errors import (
     Rejected,
     RequestError,
 )
+from lmdeploy_slo.frontend.gate import current_call
 from lmdeploy_slo.frontend.terms import Terms, current_terms
 from lmdeploy_slo.runtime.runtime import Runtime
 from lmdeploy_slo.runtime.stream import Delta
@@ -59,8 +61,12 @@ class ScheduledEngine:
     async def preprocess(
         self, messages: Any, session_id: Any, gen_config: Any = None, *, terms: Terms | None = None, **kwargs: Any
     ) -> Any:
-        """As AsyncEngine.preprocess. terms: else those of the current context."""
+        """As AsyncEngine.preprocess. terms: else those of the current context.
+
+        Raises LMDeploy's RequestError where a limit refuses it already."""
         arrival_at_s = self._runtime.clock.now_s()
+        terms = terms or current_terms.get()
+        self._check_limits(terms)
         stops: tuple[str, ...] = ()
         if gen_config is not None and gen_config.stop_words:
             stops = tuple(gen_config.stop_words)
@@ -68,8 +74,22 @@ class ScheduledEngine:
             gen_config.stop_words = None
         request = await self._async_engine.preprocess(messages, session_id, gen_config=gen_config, **kwargs)
         self._keep_special_stops(request.gen_config, stops)
-        request.session.slo_intake = (arrival_at_s, terms or current_terms.get(), stops)
+        request.session.slo_intake = (arrival_at_s, terms, stops)
         return request
+
+    def _client(self, terms: Terms) -> ClientId:
+        call = current_call.get()
+        policies = self._runtime.limiter.policies()
+        return policies.client_of(None if call is None else call.name, terms.fairness_id)
+
+    def _check_limits(self, terms: Terms) -> None:
+        """Before the prompt costs anything. What is let in here enters when it is submitted."""
+        runtime = self._runtime
+        try:
+            runtime.enter(self._client(terms), PriorityClass.DEFAULT).leave(0, runtime.clock.now_s())
+        except RequestError as refusal:
+            runtime.journal.refused(refusal, task_type=terms.task_type, with_slo=terms.slo.has_objective)
+            raise _refused(refusal) from refusal
 
     async def generate(self, request: Any, stream_response: bool = True) -> AsyncIterator[Any]:
         """As AsyncEngine.generate; the last output also has `timing` (core.slo.Timing) and `slo_met`.
@@ -80,8 +100,10 @@ class ScheduledEngine:
         request_id = f"lmdeploy-{next(self._numbers)}"
         session = request.session
         arrival_at_s, terms, stops = session.slo_intake
-        spec = RequestSpec(
+        client = self._client(terms)
+        claimed = RequestSpec(
             request_id,
+            client=client,
             arrival_at_s=arrival_at_s,
             prompt_tokens=request.input_token_len,
             max_new_tokens=max(1, request.gen_config.max_new_tokens),
@@ -92,6 +114,7 @@ class ScheduledEngine:
             conversation_id=terms.conversation_id,
             priority=request.gen_config.priority,
         )
+        spec, _ = clamp(claimed, self._runtime.limiter.policies().of(client))
         work = EngineRequest(
             request_id,
             request.inputs["input_ids"],
@@ -102,7 +125,7 @@ class ScheduledEngine:
             stream = self._runtime.submit(spec, work)
         except RequestError as refusal:
             self._async_engine.session_mgr.remove(session)
-            raise _as_lmdeploy_error(refusal) from refusal
+            raise _refused(refusal) from refusal
         ending = asyncio.ensure_future(stream.result())
         ending.add_done_callback(outputs.close)
         session.slo_abort = lambda: self._abort(session, request_id)
@@ -208,6 +231,14 @@ def _aborted_output(request: Any) -> Any:
     from lmdeploy.serve.core.async_engine import GenOut
 
     return GenOut("", request.input_token_len, 0, "abort", token_ids=[])
+
+
+def _refused(refusal: RequestError) -> Exception:
+    """The same as LMDeploy says it; the HTTP call, where there is one, learns when to come back."""
+    call = current_call.get()
+    if call is not None and isinstance(refusal, Rejected):
+        call.retry_after_s = refusal.retry_after_s
+    return _as_lmdeploy_error(refusal)
 
 
 def _as_lmdeploy_error(error: BaseException) -> Exception:
