@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import urllib.request
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from runtime_bench import Bench, outcome, virtual
 
+from lmdeploy_slo.core.latency_model import StepModel
 from lmdeploy_slo.core.plan import Plan, PlanQuality
 from lmdeploy_slo.core.request import ClientId, EndStatus
 from lmdeploy_slo.core.snapshot import EngineLimits
@@ -236,3 +238,26 @@ def test_a_taken_port_is_told() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=rf"metrics: cannot listen on 127\.0\.0\.1:{port}"):
             MetricsServer(Metrics().registry, "127.0.0.1", port)
+
+
+@virtual()
+async def test_calibration(bench: Bench) -> None:
+    metrics, load = watched(bench), bench.runtime.load()
+    profile, model = StepModel(0.01, 1e-5, 1e-9, 2e-5, 0.0), StepModel(0.02, 1e-5, 1e-9, 2e-5, 1e-8)
+    statistics = replace(
+        load.calibration, model=model, profile=profile, slowness=1.9, relative_error=0.04, bias=0.01, windows=12,
+        drifts=2, drifting=True,
+    )  # fmt: skip
+    metrics.on_sample(replace(load, calibration=statistics), 0.0)
+    for name, expected in (
+        ("calibration_relative_error", 0.04),
+        ("calibration_bias", 0.01),
+        ("calibration_slowness", 1.9),
+        ("calibration_drifting", 1),
+        ("calibration_windows_total", 12),
+        ("calibration_drifts_total", 2),
+    ):
+        assert value(metrics, name) == expected, name
+    assert value(metrics, "calibration_coefficient_seconds", coefficient="c0") == 0.02
+    assert value(metrics, "calibration_coefficient_ratio", coefficient="c0") == 2.0
+    assert value(metrics, "calibration_coefficient_ratio", coefficient="d2") is None  # 0 in the profile

@@ -15,7 +15,7 @@ from rich.console import Console
 from serve_process import serve
 
 from lmdeploy_slo.cli.top import Picture, frame, look
-from lmdeploy_slo.client import Client, Load, ModelInfo, PlanQuality, ServerInfo, TaskLoad
+from lmdeploy_slo.client import Client, Load, ModelInfo, PlanQuality, ServerInfo, StepForecasts, TaskLoad
 from lmdeploy_slo.clock import VirtualClock
 
 MODEL = ModelInfo("qwen", "lmdeploy", False, None, None, 256, 8192, None)
@@ -28,6 +28,7 @@ def load(**changes: Any) -> Load:
     values: dict[str, Any] = {}
     for field in dataclasses.fields(Load):
         values[field.name] = {"last_minute": (), "refused": {}, "draining": False}.get(field.name, 0)
+    values["step_forecasts"] = StepForecasts(0.0, 1.0, False, 0)
     values |= {"kv_usage": None, "oldest_wait_ms": None, "last_plan": None, "last_plan_ms": None, "mean_plan_ms": None}
     return Load(**(values | changes))
 
@@ -36,6 +37,10 @@ def shown(seen: Load, server: ServerInfo = SERVER, **picture: Any) -> str:
     console = Console(width=100, record=True, file=io.StringIO(), force_terminal=False)
     console.print(frame(Picture("h:1", server, MODEL, seen, **picture)))
     return console.export_text()
+
+
+def unwrapped(text: str) -> str:
+    return " ".join(text.replace("│", " ").split())
 
 
 def test_a_server_where_nothing_has_happened() -> None:
@@ -69,7 +74,7 @@ def test_attainment_by_task() -> None:
 
 def test_how_good_plans_are() -> None:
     plan = PlanQuality("edf", 10.0, 11.5, 150, 2.5)
-    text = shown(load(plans=7, last_plan_ms=1.5, mean_plan_ms=2.0, last_plan=plan, failed_plans=3)).replace("\n", " ")
+    text = shown(load(plans=7, last_plan_ms=1.5, mean_plan_ms=2.0, last_plan=plan, failed_plans=3))
     for part in (
         "7 plans",
         "last 1.50 ms, mean 2.00 ms",
@@ -80,6 +85,14 @@ def test_how_good_plans_are() -> None:
         "2.50",
     ):
         assert part in text, part
+
+
+def test_how_right_forecasts_are() -> None:
+    assert "foreseen" not in shown(load())
+    text = unwrapped(shown(load(step_forecasts=StepForecasts(0.034, 1.0, False, 500))))
+    assert "steps are foreseen within 3.4%" in text
+    assert "drifted" not in text
+    assert "drifted: 1.70 x" in unwrapped(shown(load(step_forecasts=StepForecasts(0.3, 1.7, True, 500))))
 
 
 def test_refusals_and_draining() -> None:

@@ -176,7 +176,12 @@ def _plans(picture: Picture) -> RenderableType:
     ]
     if load.last_plan is not None and load.last_plan.evaluations:
         parts += _quality(load.last_plan)
+    steps = load.step_forecasts
+    if steps.windows:
+        parts.append(f"steps are foreseen within {steps.relative_error:.1%}")
     line = Text("   ".join(parts))
+    if steps.drifting:
+        line.append(f"   the engine has drifted: {steps.slowness:.2f} x its profile", "bold yellow")
     if load.failed_plans:
         line.append(f"   {load.failed_plans:,} failed", "bold red")
     return Panel(line, title="plans", title_align="left")

@@ -166,6 +166,16 @@ class PlanQuality:
 
 
 @dataclass(frozen=True, slots=True)
+class StepForecasts:
+    """How right the forecasts of the engine's steps are; as StepForecasts of the wire protocol."""
+
+    relative_error: float
+    slowness: float
+    drifting: bool
+    windows: int
+
+
+@dataclass(frozen=True, slots=True)
 class TaskLoad:
     """Requests of a task that ended or were refused within about a minute; as TaskLoad of the wire protocol."""
 
@@ -214,6 +224,7 @@ class Load:
     output_tokens: int
     last_plan: PlanQuality | None
     last_minute: tuple[TaskLoad, ...]
+    step_forecasts: StepForecasts
     refused: dict[str, int]
 
 
@@ -249,6 +260,7 @@ def server_info_of(message: pb.GetServerInfoResponse) -> ServerInfo:
 def load_of(message: pb.GetLoadResponse) -> Load:
     nested = {
         "last_plan": plain(PlanQuality, message.last_plan) if message.HasField("last_plan") else None,
+        "step_forecasts": plain(StepForecasts, message.step_forecasts),
         "last_minute": tuple(plain(TaskLoad, task) for task in message.last_minute),
         "refused": dict(message.refused),
     }

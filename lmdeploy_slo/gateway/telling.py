@@ -46,6 +46,12 @@ def to_load(load: RuntimeLoad) -> pb.GetLoadResponse:
         oldest_wait_ms=_ms(load.oldest_wait_s),
         output_tokens=load.output_tokens,
         last_plan=None if load.last_plan is None else _to_quality(load.last_plan.plan.quality),
+        step_forecasts=pb.StepForecasts(
+            relative_error=load.calibration.relative_error,
+            slowness=load.calibration.slowness,
+            drifting=load.calibration.drifting,
+            windows=load.calibration.windows,
+        ),
         last_minute=[_to_task(task, counts) for task, counts in load.last_minute.items()],
         refused=load.refused,
     )

@@ -8,14 +8,17 @@ them, reasons and objectives are fixed sets. No client, no request and no text i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics import disable_created_metrics
 from prometheus_client.registry import Collector
 
+from lmdeploy_slo.core.latency_model import StepModel
 from lmdeploy_slo.core.request import EndStatus
 from lmdeploy_slo.errors import ConfigError, RequestError
+from lmdeploy_slo.prediction.calibration import CalibrationStatistics
 from lmdeploy_slo.runtime.observer import AppliedPlan, EndedRequest, Refusal
 from lmdeploy_slo.runtime.statistics import RuntimeLoad
 
@@ -202,6 +205,19 @@ _GAUGES: tuple[tuple[str, str, Callable[[RuntimeLoad], float | None]], ...] = (
 )
 
 
+_CALIBRATION: tuple[tuple[str, str, Callable[[CalibrationStatistics], float]], ...] = (
+    (
+        "calibration_relative_error",
+        "Mean |expected - seen| / expected of engine steps, lately.",
+        lambda c: c.relative_error,
+    ),
+    ("calibration_bias", "Mean (seen - expected) / expected of engine steps, lately.", lambda c: c.bias),
+    ("calibration_slowness", "How many times as long as by its profile the engine needs.", lambda c: c.slowness),
+    ("calibration_drifting", "1 where the engine is not as it is believed to be.", lambda c: float(c.drifting)),
+)
+_COEFFICIENTS = tuple(field.name for field in fields(StepModel))
+
+
 class _LoadCollector(Collector):
     """What the server was doing when it was last sampled; nothing before the first sample."""
 
@@ -227,6 +243,32 @@ class _LoadCollector(Collector):
                     attainment.add_metric((task,), counts.slo_met / counts.with_slo)
         yield attainment
         yield generated
+        yield from _calibration(None if load is None else load.calibration)
+
+
+def _calibration(now: CalibrationStatistics | None) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+    for name, text, read in _CALIBRATION:
+        family = GaugeMetricFamily(PREFIX + name, text)
+        if now is not None:
+            family.add_metric((), read(now))
+        yield family
+    value = GaugeMetricFamily(
+        PREFIX + "calibration_coefficient_seconds", "Of the step model, as it is believed now.", labels=("coefficient",)
+    )
+    ratio = GaugeMetricFamily(
+        PREFIX + "calibration_coefficient_ratio", "The same over that of the profile.", labels=("coefficient",)
+    )
+    windows = CounterMetricFamily(PREFIX + "calibration_windows", "Stretches of engine time that were compared.")
+    drifts = CounterMetricFamily(PREFIX + "calibration_drifts", "How often the engine was found to have drifted.")
+    if now is not None:
+        windows.add_metric((), now.windows)
+        drifts.add_metric((), now.drifts)
+        for name in _COEFFICIENTS:
+            believed, at_first = getattr(now.model, name), getattr(now.profile, name)
+            value.add_metric((name,), believed)
+            if at_first > 0:
+                ratio.add_metric((name,), believed / at_first)
+    yield from (value, ratio, windows, drifts)
 
 
 class MetricsServer:

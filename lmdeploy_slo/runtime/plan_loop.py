@@ -10,11 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from lmdeploy_slo.clock import Clock
-from lmdeploy_slo.core.plan import Plan
-from lmdeploy_slo.core.snapshot import Snapshot
+from lmdeploy_slo.runtime.journal import Journal
 from lmdeploy_slo.runtime.planner import Planner
 from lmdeploy_slo.runtime.start_order import StartOrder
 from lmdeploy_slo.scheduling.scheduler import Dispatch, Scheduler
@@ -33,23 +32,23 @@ class PlanLoop:
         scheduler: Scheduler,
         planner: Planner,
         start_order: StartOrder,
+        journal: Journal,
         clock: Clock,
         gap_s: float,
         *,
         report_progress: Callable[[], None],
-        on_plan: Callable[[Snapshot, Plan, Sequence[Dispatch], float], None],
         dispatch: Callable[[Dispatch, float], None],
     ) -> None:
-        """report_progress: brings the scheduler up to date before a snapshot. on_plan: is told of a plan that was
-        applied, at an instant, before those it lets go are sent. dispatch: sends a request, at an instant, to the
-        engine; must not raise. gap_s: >= 0, see the module."""
+        """report_progress: brings the scheduler up to date before a snapshot. dispatch: sends a request, at an instant,
+        to the engine; must not raise. journal: is told of each plan before those it lets go are sent. gap_s: >= 0, see
+        the module."""
         self._scheduler = scheduler
         self._planner = planner
         self._start_order = start_order
+        self._journal = journal
         self._clock = clock
         self._gap_s = gap_s
         self._report_progress = report_progress
-        self._on_plan = on_plan
         self._dispatch = dispatch
         self._stale = asyncio.Event()  # the last plan is
         self._task: asyncio.Task[None] | None = None
@@ -98,7 +97,7 @@ class PlanLoop:
         plan = await self._planner.plan(snapshot)
         now_s = self._clock.now_s()
         dispatches = self._scheduler.apply(plan, now_s)
-        self._on_plan(snapshot, plan, dispatches, now_s)
+        self._journal.planned(snapshot, plan, dispatches, self._planner.statistics(), now_s)
         for dispatch in dispatches:
             self._dispatch(dispatch, now_s)
         if plan.replan_after_s is not None:

@@ -18,10 +18,8 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 
 from lmdeploy_slo.clock import Clock
-from lmdeploy_slo.core.plan import Plan
 from lmdeploy_slo.core.request import ClientId, EndStatus, FinishReason, PriorityClass, RequestSpec
 from lmdeploy_slo.core.slo import Timing
-from lmdeploy_slo.core.snapshot import Snapshot
 from lmdeploy_slo.engine.base import Engine, EngineEvent, EngineRequest
 from lmdeploy_slo.errors import (
     Cancelled,
@@ -83,17 +81,17 @@ class Runtime:
         if executor is None:
             executor = self._own_executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="planner")
         self._planner = Planner(policy, executor, clock)
+        self.journal = Journal(scheduler, clock, DecisionLimits(requests=self.options.explain_requests))
         self._plans = PlanLoop(
             scheduler,
             self._planner,
             StartOrder(engine, scheduler, policy, lambda h: self._by_handle[h].spec.request_id),
+            self.journal,
             clock,
             self.options.plan_gap_s,
             report_progress=self._report_progress,
-            on_plan=self._on_plan,
             dispatch=self._dispatch,
         )
-        self.journal = Journal(scheduler, clock, DecisionLimits(requests=self.options.explain_requests))
         self._live: dict[str, Live] = {}
         self._by_handle: dict[int, Live] = {}
         self._learning = Learning(scheduler, engine.info.limits, self._by_handle, calibrate=self.options.calibrate)
@@ -225,6 +223,7 @@ class Runtime:
             output_tokens=self.journal.output_tokens + sum(live.output_tokens for live in self._in_engine.values()),
             last_plan=self.journal.last_plan,
             last_minute=self.journal.last_minute(),
+            calibration=self.calibration.statistics(),
         )
 
     def _check_open(self) -> None:
@@ -295,9 +294,6 @@ class Runtime:
         except Exception:
             logger.exception("the engine raised on submit of %s", request_id, extra={"request_id": request_id})
             self._end(live, EndStatus.FAILED, EngineError("the engine failed"), in_engine=False)
-
-    def _on_plan(self, snapshot: Snapshot, plan: Plan, dispatches: Sequence[Dispatch], now_s: float) -> None:
-        self.journal.planned(snapshot, plan, dispatches, self._planner.statistics(), now_s)
 
     def _set_engine_lost(self, lost: bool) -> None:
         if lost != self._engine_lost:

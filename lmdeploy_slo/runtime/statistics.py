@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from lmdeploy_slo.core.request import EndStatus
 from lmdeploy_slo.errors import DeadlineExceeded, RequestError, RequestIdInUse
+from lmdeploy_slo.prediction.calibration import CalibrationStatistics
 from lmdeploy_slo.runtime.last_minute import TaskCounts
 from lmdeploy_slo.runtime.observer import AppliedPlan
 from lmdeploy_slo.runtime.planner import PlannerStatistics
@@ -64,6 +65,7 @@ class RuntimeLoad:
     output_tokens: int
     last_plan: AppliedPlan | None
     last_minute: Mapping[str, TaskCounts]
+    calibration: CalibrationStatistics
 
     @property
     def price_s(self) -> float | None:

