@@ -289,6 +289,9 @@ async def serving(config: Config, clock: Clock | None = None) -> AsyncIterator[S
             restored = file.load()
             logger.info("state: %s, of %s", file.path, ", ".join(restored) or "nothing yet")
             keeper.start()
+        if config.server.health_port is not None:
+            health_port = await gateway.start_health(config.server.host, config.server.health_port)
+            logger.info("health checks on port %d", health_port)
         await runtime.start()
         watch.start()
         port = await gateway.start(config.server.host, config.server.port)
@@ -325,6 +328,10 @@ async def serve(config: Config, announce: Callable[[str], None]) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
+    loop.add_signal_handler(signal.SIGHUP, logger.info, "nothing to read again yet")
+    missing = config.security.missing_for_strangers
+    if missing and not is_loopback(config.server.host):
+        logger.warning("insecure: others can reach %s, and there is no %s", config.server.host, ", no ".join(missing))
     async with serving(config) as server:
         loop.add_signal_handler(signal.SIGHUP, server.protection.reload)
         announce(f"lmdeploy_slo: serving on {server}")

@@ -1,6 +1,7 @@
 """The configuration of a server: a TOML file, then the environment, then command-line flags; read once.
 
-    [server]          host, port, http_port, drain_grace_s, default_max_new_tokens, max_message_bytes, state_dir
+    [server]          host, port, http_port, health_port, drain_grace_s, default_max_new_tokens, max_message_bytes,
+                      state_dir
     [engine]          kind, model, profile, max_batch_size, max_prefill_tokens, prefill_for_tpot_ms, kv_tokens,
                       max_session_tokens; of LMDeploy alone: device, patched, look_ahead, chat_template,
                       trust_remote_code

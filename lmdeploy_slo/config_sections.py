@@ -65,13 +65,15 @@ File = Annotated[Path, BeforeValidator(lambda value: Path(value) if isinstance(v
 class ServerConfig(Section):
     """Where the server listens, and how it ends. port 0: the operating system chooses.
 
-    http_port: where LMDeploy's own HTTP routes (OpenAI's among them) are served as well; unset: nowhere. state_dir:
+    http_port: where LMDeploy's own HTTP routes (OpenAI's among them) are served as well; unset: nowhere. health_port:
+    where health checks are answered in plain text, and nothing else, for probes without TLS; unset: nowhere. state_dir:
     folder where what was learnt is kept over a restart; unset: it is not.
     """
 
     host: str = Field(default="127.0.0.1", min_length=1)
     port: int = Field(default=50051, ge=0, le=65535)
     http_port: int | None = Field(default=None, ge=0, le=65535)
+    health_port: int | None = Field(default=None, ge=0, le=65535)
     drain_grace_s: float = Field(default=30.0, ge=0)  # how long SIGTERM waits for requests that have not ended
     default_max_new_tokens: int = Field(default=512, ge=1)  # of requests that name none
     max_message_bytes: int = Field(default=16 * 1024 * 1024, ge=4096)  # longest request taken

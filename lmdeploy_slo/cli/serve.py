@@ -82,6 +82,9 @@ def serve(
     http_port: int | None = _option(
         "server.http_port", "Port of LMDeploy's own HTTP routes (OpenAI's among them); 0: a free one."
     ),
+    health_port: int | None = _option(
+        "server.health_port", "Port of health checks alone, in plain text, for probes without TLS; 0: a free one."
+    ),
     tls_cert: str | None = _option("security.tls_cert", "Certificate chain of the server, PEM."),
     tls_key: str | None = _option("security.tls_key", "Its private key, PEM."),
     tls_client_ca: str | None = _option(
@@ -150,6 +153,7 @@ def serve(
         "server.http_port": http_port,
         "server.drain_grace_s": drain_grace_s,
         "server.state_dir": state_dir,
+        "server.health_port": health_port,
         "security.tls_cert": tls_cert,
         "security.tls_key": tls_key,
         "security.tls_client_ca": tls_client_ca,

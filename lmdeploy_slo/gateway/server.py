@@ -19,12 +19,16 @@ from lmdeploy_slo.errors import ConfigError
 from lmdeploy_slo.gateway.options import GatewayOptions
 from lmdeploy_slo.gateway.security import Security, guarded
 from lmdeploy_slo.gateway.service import SERVICE_NAME, InferenceService
+from lmdeploy_slo.gateway.tls import TlsCredentials
 from lmdeploy_slo.runtime.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 
 FLUSH_S = 1.0
 """After a drain so much longer for clients that have not read their last messages."""
+
+LIVENESS = "liveness"
+"""A service whose health is SERVING as long as there is somebody to say so, also while draining."""
 
 KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS = 60_000, 20_000
 MIN_CLIENT_PING_MS = 10_000
@@ -42,7 +46,19 @@ class Gateway:
         self._security = security or Security()
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
+        self._probed: grpc.aio.Server | None = None
         self._telling: asyncio.Task[None] | None = None  # kept from the garbage collector
+
+    async def start_health(self, host: str, port: int) -> int:
+        """Answers health checks, and nothing else, in plain text: for probes that can do no TLS. May be called before
+        the runtime is started. Returns the port, as `start`."""
+        server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        bound = _bound(server, host, port, None)
+        await self._tell_health(serving=False)
+        await server.start()
+        self._probed = server
+        return bound
 
     async def start(self, host: str, port: int) -> int:
         """Takes requests when it returns; `port` 0 takes a free one. Returns the port.
@@ -68,21 +84,12 @@ class Gateway:
         if security.reflection:
             names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, guarded(server, security.identifier))
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        try:
-            if security.tls is None:
-                bound = server.add_insecure_port(address)
-            else:
-                bound = server.add_secure_port(address, security.tls.for_grpc())
-        except RuntimeError as failure:
-            raise ConfigError(f"cannot listen on {address}: {failure}") from failure
-        if not bound:
-            raise ConfigError(f"cannot listen on {address}")
+        bound = _bound(server, host, port, security.tls)
         await server.start()
         self._server = server
         self._runtime.on_serving_change = self._on_serving_change
         await self._tell_health(serving=self._runtime.serving)
-        return int(bound)
+        return bound
 
     async def drain(self, grace_s: float) -> None:
         """See the module; returns when the port is closed."""
@@ -97,11 +104,27 @@ class Gateway:
         if self._server is not None:
             server, self._server = self._server, None
             await server.stop(grace_s)
+        if self._probed is not None:
+            probed, self._probed = self._probed, None
+            await probed.stop(0)
 
     def _on_serving_change(self) -> None:
         self._telling = asyncio.get_running_loop().create_task(self._tell_health(serving=self._runtime.serving))
 
     async def _tell_health(self, *, serving: bool) -> None:
+        await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         for service in ("", SERVICE_NAME):
             await self._health.set(service, status)
+
+
+def _bound(server: grpc.aio.Server, host: str, port: int, tls: TlsCredentials | None) -> int:
+    """The port. Raises ConfigError where the address cannot be had."""
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        bound = server.add_insecure_port(address) if tls is None else server.add_secure_port(address, tls.for_grpc())
+    except RuntimeError as failure:
+        raise ConfigError(f"cannot listen on {address}: {failure}") from failure
+    if not bound:
+        raise ConfigError(f"cannot listen on {address}")
+    return int(bound)

@@ -158,6 +158,25 @@ async def test_the_certificate_names_the_client(tmp_path: Path, ours: Authority)
         assert dict(await soon(call.trailing_metadata()))["x-slo-clamped"] == "priority_class"
 
 
+async def test_probes_without_tls_have_a_port_with_health_alone(tmp_path: Path, ours: Authority) -> None:
+    tls = TlsCredentials(ServerFiles(tmp_path, ours).files, MonotonicClock())
+    engine = ScriptedEngine(MonotonicClock())
+    server = Served(engine, None, Security(tls=tls))
+    port = await server.gateway.start_health("127.0.0.1", 0)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+
+        async def health(service: str) -> int:
+            asked = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service))
+            return int((await soon(asked)).status)
+
+        assert (await health("liveness"), await health("")) == (1, 2), "alive, and not serving yet"
+        await server.start()
+        assert (await health("liveness"), await health("")) == (1, 1)
+        stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)  # type: ignore[no-untyped-call]
+        assert (await refusal(stub.GetLoad(pb.GetLoadRequest()))).code() is Code.UNIMPLEMENTED
+        await server.close()
+
+
 # -- tokens -------------------------------------------------------------------
 
 
