@@ -48,7 +48,8 @@ def _harmless(note: Callable[_P, None]) -> Callable[_P, None]:
 class Journal:
     """On the loop of the runtime that owns it.
 
-    last_plan: what was applied last, None before the first. output_tokens: of requests that have ended.
+    last_plan: what was applied last; of a policy that searches, the last for which it did; None before the first.
+    output_tokens: of requests that have ended.
     """
 
     def __init__(self, scheduler: Scheduler, clock: Clock, limits: DecisionLimits | None = None) -> None:
@@ -92,7 +93,9 @@ class Journal:
     ) -> None:
         """A plan was applied; `dispatches` are about to be sent."""
         failed, self._failed_plans = planner.failures > self._failed_plans, planner.failures
-        self.last_plan = applied = AppliedPlan(now_s, plan, planner.last_plan_s or 0.0, dispatches, failed)
+        applied = AppliedPlan(now_s, plan, planner.last_plan_s or 0.0, dispatches, failed)
+        if plan.quality.evaluations or self.last_plan is None or not self.last_plan.plan.quality.evaluations:
+            self.last_plan = applied
         self._decisions.planned(snapshot, plan, dispatches, now_s)
         self._tell(lambda observer: observer.on_plan, applied)
 
