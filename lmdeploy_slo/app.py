@@ -335,7 +335,7 @@ async def serve(config: Config, announce: Callable[[str], None]) -> None:
         logger.warning("insecure: others can reach %s, and there is no %s", config.server.host, ", no ".join(missing))
     async with serving(config) as server:
         loop.add_signal_handler(signal.SIGHUP, server.protection.reload)
-        # What is here by now stays; a collection that walks through it again would hold up every stream for 0.1 to 0.3 s.
+        # What is here by now stays: to walk through it again and again would stop all streams for 0.1 to 0.3 s a time.
         gc.collect()
         gc.freeze()
         announce(f"lmdeploy_slo: serving on {server}")
