@@ -248,7 +248,7 @@ def _measure(
             for line in _warnings(info, state):
                 console.print(line, markup=False, highlight=False)
             with Bar(*columns, console=console, refresh_per_second=2) as bar:
-                row = bar.add_task("warming up", total=1, left="")
+                row = bar.add_task("warming up", total=None, left="")
 
                 def show(progress: Progress) -> None:
                     left = f"{progress.elapsed_s:.0f} s so far, about {progress.remaining_s:.0f} s left"
@@ -263,7 +263,10 @@ def _measure(
                     finished = await profiler.run(stop)
                 finally:
                     loop.remove_signal_handler(signal.SIGINT)
-                bar.update(row, description="measured" if finished else "stopped")
+                if finished:
+                    bar.update(row, description="measured", completed=len(profiler.points), left="")
+                else:
+                    bar.update(row, description="stopped")
             return _Outcome(info, profiler, state, finished)
 
     return run_event_loop(measure())

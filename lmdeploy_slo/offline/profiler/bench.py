@@ -45,6 +45,7 @@ _PATIENCE_S = 60.0
 
 _NOT_AT_ONCE = "the sequences did not all decode at the same time"
 _NOT_TOGETHER = "the prompts were not computed in one pass"
+_LATE = "messages were late"
 
 # Random ids, so that no prefix cache finds a prompt; the first ids of most vocabularies are special.
 _FIRST_ID, _LAST_ID, _UNKNOWN_VOCABULARY = 256, 32000, 1024
@@ -154,13 +155,19 @@ class Bench:
             background.on_first_token(seen_begin_s, min(seen_ends_s), 0)
             began_at_s = max([await self._token_came_at_s(call, believed, point) for call in opening])
             seconds = max([await self._token_came_at_s(call, believed, point) for call in calls]) - began_at_s
-            apart_s = max(self._target.info.jitter_s, SAME_PASS_SHARE * seconds)
-            one_pass = max(seen_ends_s) - min(seen_ends_s) <= apart_s < min(seen_ends_s) - seen_begin_s
+            seen_s = min(seen_ends_s) - seen_begin_s
+            apart_s = max(self._target.info.jitter_s, SAME_PASS_SHARE * seen_s)
+            one_pass = max(seen_ends_s) - min(seen_ends_s) <= apart_s < seen_s
+            # A message that was long on its way, there or back, puts the two apart.
+            agree = seconds > 0 and abs(seconds - seen_s) <= 2 * apart_s
             if await background.is_short():
                 found.spoil(_NOT_AT_ONCE)
                 break
             if not one_pass or calls[-1].sent_at_s >= seen_begin_s:
                 found.spoil(_NOT_TOGETHER)
+                continue
+            if not agree:
+                found.spoil(_LATE)
                 continue
             found.observations.append(
                 Observation(
