@@ -307,7 +307,8 @@ class LmdeployEngine:
                 self._fail_all(failure.message)
             error = EngineError(failure.message, failure.code.value)
         except Exception:
-            logger.exception("request %s failed in LMDeploy", request.request_id)
+            extra = {"request_id": request.request_id}
+            logger.exception("request %s failed in LMDeploy", request.request_id, extra=extra)
             error = EngineError("LMDeploy failed")
         finally:
             engine.session_mgr.remove(live.session)
