@@ -110,10 +110,12 @@ class StepObserver:
         self._firsts: list[tuple[int, int, int | None]] = []  # since the last step: (handle, tokens, cached)
         self._ended: list[tuple[int, int]] = []  # since the last step: (handle, its tokens)
         self._gone = 0  # of them, decoding requests that get no token in this step
+        self._occupied = 0  # places of the batch that were taken in the last step
         self._scheduled_at_s = math.inf  # the earliest told since the last step
         self._window: _Window | None = None  # None: the engine is idle
         self._last_at_s = -math.inf
         self._owed = 0.0  # tokens that were due by the clock and have not come
+        self._moved = 0  # who left, less who joined, since the clock's last token
         self._parts = 0.0  # share of the steps that are parts of a pass
         self.dropped = 0
 
@@ -172,6 +174,7 @@ class StepObserver:
             self._settle()
             return
         batch = len(self._decoding) - self._gone
+        self._occupied = len(self._decoding) + len(self._firsts)
         if batch > 0:
             window.sequence_steps += tokens
             window.context_tokens += tokens * (self._context / batch + (tokens / batch - 1) / 2)
@@ -186,6 +189,7 @@ class StepObserver:
             self._end(window, at_s, passes, since_s, passes)
             return
         ended = next((count for handle, count in self._ended if handle == window.clock), None)
+        decoding, ends = len(self._decoding), len(self._ended)
         self._settle()
         if ended is not None:
             clock_tokens = ended
@@ -195,10 +199,14 @@ class StepObserver:
             clock_tokens, window.unknown = window.clock_tokens, True
         advanced, window.clock_tokens = clock_tokens - window.clock_tokens, clock_tokens
         passes = clock_tokens - window.clock_began
-        if self._some_paused(advanced, batch, tokens) or window.sequence_steps > (passes + 2) * window.largest_batch:
-            window.unknown = True
+        outrun = window.sequence_steps > (passes + 2) * window.largest_batch
+        window.unknown |= self._is_uneven(advanced, batch, tokens, ends) or outrun
+        if advanced:
+            self._moved = 0
+        else:  # who left before the clock's token was due one in its pass, and who joined was not
+            self._moved += decoding - len(self._decoding)
         if ended is not None or window.unknown or (advanced and self._is_due(window, passes, at_s)):
-            self._end(window, at_s, passes, since_s, advanced)
+            self._end(window, at_s, passes, since_s, max(1, advanced))
 
     # -- inside ---------------------------------------------------------------
 
@@ -222,15 +230,18 @@ class StepObserver:
             window.context_tokens += more * (prompt.tokens + (more - 1) / 2)
         return tokens
 
-    def _some_paused(self, passes: int, batch: int, tokens: int) -> bool:
-        """Whether some of those who decode get no tokens, or go on after that: they were evicted, and what it takes to
-        compute them anew is not known."""
+    def _is_uneven(self, passes: int, batch: int, tokens: int, ends: int) -> bool:
+        """Whether some of those who decode get no tokens, or go on after that (they were evicted, and what it takes to
+        compute them anew is not known), or got more than the clock, which ended before the last pass."""
         self._parts += 0.02 * ((passes == 0) - self._parts)
-        owed = self._owed * 0.99**passes + passes * batch - tokens
+        due = passes * batch + self._moved if passes else 0
+        if passes > 1 and 0 < due - tokens <= ends * (passes - 1):
+            due = tokens  # of several passes told together, who ended needed not all
+        owed = self._owed * 0.99**passes + due - tokens
         tolerance = batch + PARTS if self._in_parts else 0.5  # parts of the last passes may be still to come
-        paused = max(self._owed, owed) > tolerance
-        self._owed = 0.0 if passes and tokens == passes * batch else owed
-        return paused
+        uneven = max(self._owed, owed) > tolerance or owed < -tolerance
+        self._owed = 0.0 if passes and tokens == due else owed
+        return uneven
 
     def _settle(self) -> None:
         """Who has a first token decodes from now on; who has left is forgotten."""
@@ -267,7 +278,7 @@ class StepObserver:
     def _partly_computed(self, own_tokens: float) -> tuple[_Prompt, float] | None:
         """The prompt that is next, and how much of it the last pass computed beside `own_tokens` of others; None where
         there is no next, or it was not begun."""
-        if not self._prompts or len(self._decoding) >= self._max_batch_size:
+        if not self._prompts or self._occupied >= self._max_batch_size:
             return None
         prompt = next(iter(self._prompts.values()))
         room = math.ceil(own_tokens / self._most) * self._most - own_tokens if own_tokens else float(self._most)
@@ -294,6 +305,9 @@ class StepObserver:
         elif partly is None:
             self._doubt_overdue()
         duration_s = at_s - window.begun_at_s
+        if partly is not None and prompt is None and last_passes > 1:
+            partly[0].doubtful = True  # it was sent meanwhile, and may have been begun
+        window.unknown |= any(waits.doubtful for waits in self._prompts.values())
         if window.unknown or passes < 1 or own_tokens > passes * self._most:
             self.dropped += 1
         elif duration_s >= SHORTEST_S:
@@ -311,6 +325,8 @@ class StepObserver:
                 prompt.held.append((work, tokens))
         if self._decoding:
             clock = window.clock if window.clock in self._decoding else next(reversed(self._decoding))
+            if clock != window.clock and self._in_parts:
+                self._owed = 0.0  # its token of this pass may have come or not
             tokens_now = self._progress(clock)
             self._window = _Window(at_s, clock, tokens_now, tokens_now)
         else:
