@@ -22,6 +22,7 @@ from lmdeploy_slo import __version__
 from lmdeploy_slo.clock import Clock, MonotonicClock
 from lmdeploy_slo.config import Config, EngineKind, LogFormat, is_loopback
 from lmdeploy_slo.core.clients import ClientPolicies
+from lmdeploy_slo.core.model_range import RangeWatch
 from lmdeploy_slo.core.request import ClientId
 from lmdeploy_slo.core.snapshot import EngineLimits
 from lmdeploy_slo.engine.base import Engine
@@ -44,7 +45,7 @@ from lmdeploy_slo.observability.logs import set_up_logs
 from lmdeploy_slo.observability.watch import Watch, WatchOptions
 from lmdeploy_slo.prediction.length import TaskLengthPredictor
 from lmdeploy_slo.prediction.prefix import PrefixPredictor
-from lmdeploy_slo.prediction.profiles import load_profile
+from lmdeploy_slo.prediction.profiles import Profile, load_profile
 from lmdeploy_slo.prediction.state import Learner, StateFile
 from lmdeploy_slo.runtime.keeper import Keeper
 from lmdeploy_slo.runtime.live import RuntimeOptions
@@ -183,13 +184,14 @@ def build_runtime(
     """Scheduler and policy on an engine, not started. policies: None for one policy for all, the configuration's."""
     options = config.scheduler
     policy = make_policy(options.policy, seed=options.seed, budget=SearchBudget(time_s=options.plan_budget_ms / 1e3))
-    info = engine.info
+    info, profile = engine.info, load_profile(config.engine.profile)
     scheduler = Scheduler(
         limits=replace(info.limits, max_batch_size=info.limits.max_batch_size + info.look_ahead),
-        model=load_profile(config.engine.profile).step_model,
+        model=profile.step_model,
         lengths=TaskLengthPredictor(),
         prefixes=PrefixPredictor() if options.calibrate else None,
         max_queued_requests=options.max_queued_requests,
+        range_watch=None if info.synthetic else _range_watch(profile, info.limits),
     )
     runtime_options = RuntimeOptions(
         flush_interval_s=config.stream.flush_interval_ms / 1e3,
@@ -209,6 +211,13 @@ def build_runtime(
         policies or partial(ClientPolicies, limits.client_policy),
     )
     return Runtime(engine, scheduler, policy, clock, runtime_options, limiter=limiter)
+
+
+def _range_watch(profile: Profile, limits: EngineLimits) -> RangeWatch:
+    """Warns where the engine takes more than its profile was fitted on. The emulated engine is its profile."""
+    watch = RangeWatch(profile.name, profile.fitted_range)
+    watch.note(batch_size=limits.max_batch_size, prefill_tokens=limits.max_prefill_tokens)
+    return watch
 
 
 def http_access(config: Config, protection: Protection) -> HttpAccess:

@@ -8,9 +8,15 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scripted_engine import ScriptedEngine
 
+from lmdeploy_slo.app import build_runtime
+from lmdeploy_slo.clock import MonotonicClock
+from lmdeploy_slo.config import Config, EngineConfig
 from lmdeploy_slo.core.latency_model import BilinearModel, StepModel
 from lmdeploy_slo.core.model_range import ModelRange, RangedBilinearModel, RangedStepModel, RangeWatch
+from lmdeploy_slo.core.snapshot import EngineLimits
+from lmdeploy_slo.testing.builders import make_spec
 
 MODEL = StepModel(4e-3, 2e-5, 1e-9, 1e-5, 2e-8)
 PAPER = BilinearModel((1e-5, 2e-4, 3e-5, 4e-3), (1e-8, 2e-4, 3e-8, 5e-3))
@@ -88,3 +94,21 @@ def test_a_span_is_finite_and_in_order(span: tuple[float, float]) -> None:
 def test_a_step_holds_a_token() -> None:
     with pytest.raises(ValueError, match="max_prefill_tokens"):
         RangedStepModel(MODEL, RangeWatch("mine", FITTED), 0)
+
+
+@pytest.mark.parametrize("synthetic", [False, True])
+async def test_a_server_tells_what_its_profile_was_not_fitted_on(
+    synthetic: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The emulated engine is its profile: there is nothing to be wrong about."""
+    engine = ScriptedEngine(MonotonicClock(), limits=EngineLimits(256, 2048), synthetic=synthetic)
+    config = Config(engine=EngineConfig(profile="a100-llama2-7b-turbomind"))
+    runtime = build_runtime(config, engine, MonotonicClock())  # type: ignore[arg-type]
+    try:
+        for number, tokens in enumerate((2048, 3000, 5000)):
+            runtime.scheduler.add(make_spec(str(number), prompt_tokens=tokens))
+        told = [record.getMessage() for record in caplog.records if "was fitted on" in record.getMessage()]
+    finally:
+        await runtime.close()
+    expected = ["batch_size 256 is outside 1 to 64", "prompt_tokens 3000 is outside 1 to 2048"]
+    assert [message.split(": ")[1].split(",")[0] for message in told] == ([] if synthetic else expected)

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmdeploy_slo.core.latency_model import StepModel
+from lmdeploy_slo.core.model_range import RangeWatch
 from lmdeploy_slo.core.plan import Plan
 from lmdeploy_slo.core.request import RequestSpec
 from lmdeploy_slo.core.snapshot import EngineLimits, Snapshot
@@ -65,12 +66,15 @@ class Scheduler:
         lengths: LengthPredictor,
         prefixes: PrefixPredictor | None = None,
         max_queued_requests: int | None = None,
+        range_watch: RangeWatch | None = None,
     ) -> None:
+        """range_watch: of what `model` was fitted on; it is told the prompts that come."""
         self.limits = limits
         self.model = model
         self.lengths = lengths
         self.prefixes = prefixes
         self._max_queued = max_queued_requests
+        self._range_watch = range_watch
         self._numbers = itertools.count(1)
         self._waiting = RowTable()
         self._running = RowTable()
@@ -88,6 +92,8 @@ class Scheduler:
         if self._max_queued is not None and len(self._waiting) >= self._max_queued:
             self._refused += 1
             raise QueueFull(f"{len(self._waiting)} requests are waiting, the limit is {self._max_queued}")
+        if self._range_watch is not None:
+            self._range_watch.note(prompt_tokens=spec.prompt_tokens)
         handle = next(self._numbers)
         self._waiting.insert(self._row(handle, spec))
         self._specs[handle] = spec
