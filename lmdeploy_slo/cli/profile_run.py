@@ -19,9 +19,11 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from lmdeploy_slo import __version__
+from lmdeploy_slo.cli import connection
 from lmdeploy_slo.cli.generate import check_target
 from lmdeploy_slo.cli.profile_show import show_errors
 from lmdeploy_slo.cli.replay import run_event_loop
+from lmdeploy_slo.client.channel import Access
 from lmdeploy_slo.clock import Clock, MonotonicClock, unix_time_s
 from lmdeploy_slo.config import Config, EngineKind, load
 from lmdeploy_slo.errors import ConfigError, MissingExtra
@@ -37,6 +39,17 @@ from lmdeploy_slo.prediction.profiles import save_profile
 _INTERRUPTED = 130
 _AT_ONCE = "fcfs"  # the policy that holds nothing back
 _WHAT, _ENGINE, _EFFORT, _NOTED = "What to measure", "An engine for --engine", "How well", "What to note"
+
+
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """What is measured: a gateway at `address`, or the engine of `config`; up to so much of it."""
+
+    address: str | None
+    access: Access
+    config: Config | None
+    max_batch_size: int | None
+    max_session_tokens: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +119,12 @@ def run(
         bool, typer.Option("--fresh", help="Measure anew what an earlier run has left.", rich_help_panel=_EFFORT)
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the prompts, which are random.", rich_help_panel=_EFFORT)] = 0,
+    tls: connection.Tls = False,
+    ca: connection.Ca = None,
+    cert: connection.Cert = None,
+    key: connection.Key = None,
+    token: connection.Token = None,
+    insecure: connection.Insecure = False,
     page: Annotated[
         Path | None,
         typer.Option(metavar="FILE.html", help="Write the page here; default: beside FILE.", rich_help_panel=_NOTED),
@@ -135,6 +154,7 @@ def run(
             model=model, profile=profile, max_prefill_tokens=max_prefill_tokens, kv_tokens=kv_tokens, config=config
         )
         check_target(target)
+    access = connection.access(tls=tls, ca=ca, cert=cert, key=key, token=token, insecure=insecure)
     if out.suffix != ".json":
         raise ConfigError(f"--out {out}: a profile is a .json file")
     samples = out.with_name(out.stem + ".samples.json")
@@ -158,7 +178,8 @@ def run(
         )
     console = Console()
     effort = Effort(budget_s=budget_s, precision=precision / 100)
-    outcome = _measure(target, effective, samples, effort, seed, max_batch_size, max_session_tokens)
+    subject = _Subject(target, access, effective, max_batch_size, max_session_tokens)
+    outcome = _measure(subject, samples, effort, seed)
     if not outcome.finished:
         console.print(f"interrupted: the same command goes on from {samples}", markup=False, highlight=False)
         raise typer.Exit(_INTERRUPTED)
@@ -208,28 +229,20 @@ def command_line() -> str:
 
 
 @asynccontextmanager
-async def _open(target: str | None, config: Config | None, clock: Clock) -> AsyncIterator[Target]:
-    if target is not None:
-        async with client_target(target, clock) as remote:
+async def _open(subject: _Subject, clock: Clock) -> AsyncIterator[Target]:
+    if subject.address is not None:
+        async with client_target(subject.address, clock, subject.access) as remote:
             yield remote
         return
-    assert config is not None, "either a target or an engine is measured"
+    assert subject.config is not None, "either a target or an engine is measured"
     from lmdeploy_slo import app
 
-    app.check(config)
-    async with engine_target(app.build_engine(config, clock), clock) as own:
+    app.check(subject.config)
+    async with engine_target(app.build_engine(subject.config, clock), clock) as own:
         yield own
 
 
-def _measure(
-    address: str | None,
-    config: Config | None,
-    samples: Path,
-    effort: Effort,
-    seed: int,
-    max_batch_size: int | None,
-    max_session_tokens: int | None,
-) -> _Outcome:
+def _measure(subject: _Subject, samples: Path, effort: Effort, seed: int) -> _Outcome:
     """Measures with a progress line on stderr; the first Ctrl-C stops it."""
     clock = MonotonicClock()
     columns = (
@@ -241,9 +254,11 @@ def _measure(
     console = Console(stderr=True)
 
     async def measure() -> _Outcome:
-        async with _open(address, config, clock) as target:
+        async with _open(subject, clock) as target:
             info = target.info
-            limits = limits_of(info, max_batch_size=max_batch_size, max_session_tokens=max_session_tokens)
+            limits = limits_of(
+                info, max_batch_size=subject.max_batch_size, max_session_tokens=subject.max_session_tokens
+            )
             state = load_state(samples, identity_of(info), limits)
             for line in _warnings(info, state):
                 console.print(line, markup=False, highlight=False)

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 
 from lmdeploy_slo.client import AsyncClient
+from lmdeploy_slo.client.channel import OPEN_ACCESS, Access
 from lmdeploy_slo.client.request import GenerateOptions
 from lmdeploy_slo.client.results import Completion
 from lmdeploy_slo.client.retry import NO_RETRY
@@ -58,9 +59,16 @@ class ClientTarget:
 
 
 @asynccontextmanager
-async def client_target(address: str, clock: Clock) -> AsyncIterator[ClientTarget]:
+async def client_target(address: str, clock: Clock, access: Access = OPEN_ACCESS) -> AsyncIterator[ClientTarget]:
     """The gateway at HOST:PORT; raises SloError where it cannot be reached or does not say what it is."""
-    async with AsyncClient(address, retry=NO_RETRY, clock=clock) as client:
+    async with AsyncClient(
+        address,
+        credentials=access.credentials,
+        token=access.token,
+        insecure=access.insecure,
+        retry=NO_RETRY,
+        clock=clock,
+    ) as client:
         try:
             model, server = await client.model_info(), await client.server_info()
         except SloError as error:
