@@ -1,6 +1,8 @@
-"""The twin of `static_kernel.anneal` in plain Python: the same draws, plans and scores, from lists.
+"""The twins of `static_kernel.anneal` and of `static_construction_kernel` in plain Python: the same draws, plans and
+scores, from lists.
 
-A plan is a list of rows, each with one entry a place: a request, or None for nobody. Row 0 and the last are empty.
+While it is annealed a plan is a list of rows, each with one entry a place: a request, or None for nobody. Row 0 and the
+last are empty.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import numpy.typing as npt
 from lmdeploy_slo.scheduling.paper_setting import SCHEDULE, AnnealingSchedule
 from lmdeploy_slo.scheduling.static_kernel import LOG_DRAWS
 from lmdeploy_slo.scheduling.static_model import StaticProblem, weigh
-from lmdeploy_slo.scheduling.static_planner import LOSS_SCALE, RULES, WALKS, rule_order
+from lmdeploy_slo.scheduling.static_planner import LOSS_SCALE, RULES, beam_width, moves_of_a_walk, rule_order, walks
 
 MASK = (1 << 64) - 1
 LUCK: list[float] = LOG_DRAWS.tolist()
@@ -39,8 +41,15 @@ class Found:
 def plan(problem: StaticProblem, seed: int = 0, schedule: AnnealingSchedule = SCHEDULE, enough: int = -1) -> Found:
     """As `static_planner.anneal`."""
     tables = weigh(problem)
-    return anneal(
-        [rule_order(problem, rule).tolist() for rule in RULES],
+    n = len(problem.requests)
+    starts = [_full_batches(rule_order(problem, rule).tolist(), problem.largest_batch) for rule in RULES]
+    constructed = 0
+    if beam_width(n):
+        start = construct(problem, beam_width(n))
+        starts.append(_rows(start.batch_of, problem.largest_batch))
+        constructed = start.evaluations
+    found = anneal(
+        starts,
         tables.run_time,
         tables.limit,
         tables.waited,
@@ -49,11 +58,13 @@ def plan(problem: StaticProblem, seed: int = 0, schedule: AnnealingSchedule = SC
         hot=schedule.hot,
         cold=schedule.cold,
         cooling=schedule.cooling,
-        moves=-(-schedule.moves_per_level // WALKS),
-        walks=WALKS,
-        unit=1.0 / (LOSS_SCALE * len(problem.requests) ** 2),
+        moves=moves_of_a_walk(n, schedule),
+        walks=walks(n),
+        unit=1.0 / (LOSS_SCALE * n**2),
         enough=enough,
     )
+    found.evaluations += constructed
+    return found
 
 
 def splitmix64(state: int) -> Iterator[int]:
@@ -65,7 +76,7 @@ def splitmix64(state: int) -> Iterator[int]:
 
 
 def anneal(
-    starts: Sequence[Sequence[int]],
+    starts: Sequence[Rows],
     run_time: npt.NDArray[np.int64],
     limit: npt.NDArray[np.int64],
     waited: int,
@@ -82,9 +93,8 @@ def anneal(
 ) -> Found:
     """As the kernel; `run_time` and `limit` of shape (batch_size + 1, n + 1)."""
     run_times, limits = run_time.tolist(), limit.tolist()
-    laid_out = [_full_batches(order, batch_size) for order in starts]
     found = []
-    for rows in laid_out:
+    for rows in starts:
         _, total, met = _weigh(rows, [(0, waited, 0)], 0, run_times, limits)[-1]
         found.append(Found(met, total, len(starts), _batch_of(rows)))
     chosen = max(range(len(starts)), key=lambda i: (found[i].score, -i))
@@ -94,7 +104,7 @@ def anneal(
     draws = splitmix64(seed)
     evaluations = len(starts)
     for _ in range(walks):
-        walk = _Walk([row[:] for row in laid_out[chosen]], batch_size, run_times, limits, waited)
+        walk = _Walk([row[:] for row in starts[chosen]], batch_size, run_times, limits, waited)
         walk.run(draws, hot, cold, cooling, moves, unit)
         evaluations += walk.weighed
         if walk.best.score > best.score:
@@ -181,6 +191,11 @@ def _full_batches(order: Sequence[int], batch_size: int) -> Rows:
     return [*rows, [None] * batch_size]
 
 
+def _rows(batch_of: Sequence[int], batch_size: int) -> Rows:
+    rows: Rows = [[r for r, batch in enumerate(batch_of) if batch == k] for k in range(max(batch_of) + 2)]
+    return [row + [None] * (batch_size - len(row)) for row in rows]
+
+
 def _weigh(rows: Rows, before: Before, first: int, run_times: Table, limits: Table) -> Before:
     """(wait, sum of E2E, requests that meet) before each row and behind the last, row `first` the first to differ."""
     after = before[: first + 1]
@@ -203,3 +218,81 @@ def _batch_of(rows: Rows) -> list[int]:
     numbered = [batch for batch in batches if batch]
     found = {r: k + 1 for k, batch in enumerate(numbered) for r in batch}
     return [found[r] for r in sorted(found)]
+
+
+# -- construction ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Beginning:
+    batches: tuple[tuple[int, ...], ...]
+    left: tuple[int, ...]  # shortest first
+
+
+def construct(problem: StaticProblem, width: int) -> Found:
+    """As `static_construction_kernel.construct`."""
+    tables, n, size = weigh(problem), len(problem.requests), problem.largest_batch
+    run_times, limits = tables.run_time.tolist(), tables.limit.tolist()
+
+    def weighed(batches: Sequence[Sequence[int]], wait: int = 0) -> tuple[int, int, int]:
+        total = met = 0
+        for batch in batches:
+            times = [run_times[len(batch)][r] for r in batch]
+            total += sum(times) + len(batch) * wait
+            met += sum(limits[len(batch)][r] >= wait for r in batch)
+            wait += max(times)
+        return wait, total, met
+
+    def finished(left: Sequence[int], wait: int) -> list[list[int]]:
+        hopeful = [r for r in left if limits[size][r] >= wait]
+        lost = [r for r in left if limits[size][r] < wait]
+        together = _cut(hopeful + lost, size)
+        odd = (len(lost) - 1) % size + 1
+        apart = _cut(hopeful, size) + ([lost[:odd]] if lost else []) + _cut(lost[odd:], size)
+        of_together, of_apart = weighed(together, wait)[1:], weighed(apart, wait)[1:]
+        return apart if left and _score(*of_apart) > _score(*of_together) else together
+
+    def next_batch(leader: int, left: Sequence[int], wait: int) -> list[int] | None:
+        shorter = left[: left.index(leader)][::-1]
+        may_meet = [r for r in shorter if limits[size][r] >= wait]
+        patience = {r: (limits[size][r] - wait) // run_times[size][leader] for r in may_meet}
+        fillers = sorted(may_meet, key=lambda r: patience[r])[: size - 1]
+        if not fillers and limits[1][leader] < wait:
+            return None
+        lost = [r for r in shorter if r not in fillers]
+        return [leader, *fillers, *lost][:size]
+
+    in_order = tuple(sorted(range(n), key=lambda r: run_times[size][r]))
+    best = finished(in_order, 0)
+    evaluations = 1
+    beginnings = [_Beginning((), in_order)]
+    while beginnings:
+        ranked: list[tuple[float, _Beginning]] = []
+        for beginning in beginnings:
+            wait = weighed(beginning.batches)[0]
+            for leader in beginning.left:
+                batch = next_batch(leader, beginning.left, wait)
+                if batch is None:
+                    continue
+                batches = (*beginning.batches, tuple(batch))
+                left = tuple(r for r in beginning.left if r not in batch)
+                plan = [list(b) for b in batches] + finished(left, weighed(batches)[0])
+                value, least = (_score(b[1] + tables.waited, b[2]) for b in (weighed(plan), weighed(best)))
+                evaluations += 1
+                if value > least:
+                    best = plan
+                if left and value not in [other for other, _ in ranked]:
+                    ranked.append((value, _Beginning(batches, left)))
+                    ranked = sorted(ranked, key=lambda entry: -entry[0])[:width]
+        beginnings = [beginning for _, beginning in ranked]
+    numbers = {r: k + 1 for k, batch in enumerate(best) for r in batch}
+    _, total, met = weighed(best)
+    return Found(met, total + tables.waited, evaluations, [numbers[r] for r in range(n)])
+
+
+def _score(total: int, met: int) -> float:
+    return max(float(met), 1e-9) / float(total)
+
+
+def _cut(order: Sequence[int], size: int) -> list[list[int]]:
+    return [list(order[i : i + size]) for i in range(0, len(order), size)]

@@ -112,8 +112,9 @@ def test_every_rule_is_a_policy(plan: Any) -> None:
 
 def test_early_stop(plan: Any) -> None:
     easy = snapshot([request(name, e2e_ms=1e6) for name in "abc"])
-    assert plan(easy, "--early-stop").answer["evaluations"] == len(RULES)
-    assert plan(easy).answer["evaluations"] == 6300 + len(RULES)
+    stopped = plan(easy, "--early-stop").answer
+    assert len(RULES) < stopped["evaluations"] < 100
+    assert plan(easy).answer["evaluations"] == 6300 + stopped["evaluations"]
 
 
 def test_no_slo_may_be_left_out_null_or_empty(plan: Any) -> None:

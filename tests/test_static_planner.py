@@ -17,7 +17,12 @@ from hypothesis import strategies as st
 from lmdeploy_slo.clock import VirtualClock
 from lmdeploy_slo.core.latency_model import BilinearModel
 from lmdeploy_slo.core.slo import NO_SLO, Slo
-from lmdeploy_slo.scheduling import static_enumeration_kernel, static_kernel, static_planner
+from lmdeploy_slo.scheduling import (
+    static_construction_kernel,
+    static_enumeration_kernel,
+    static_kernel,
+    static_planner,
+)
 from lmdeploy_slo.scheduling.paper_setting import (
     CHAT,
     CODE,
@@ -32,10 +37,13 @@ from lmdeploy_slo.scheduling.static_model import MAX_REQUESTS, StaticPlan, Stati
 from lmdeploy_slo.scheduling.static_planner import (
     RULES,
     anneal,
+    beam_width,
     can_meet_all,
     enumerate_all,
     follow_rule,
+    moves_of_a_walk,
     rule_order,
+    walks,
 )
 
 SHORT = AnnealingSchedule(hot=500.0, cold=20.0, cooling=0.5)  # 5 levels
@@ -221,13 +229,39 @@ def test_the_kernel_equals_its_plain_twin(problem: StaticProblem, seed: int) -> 
     ]
 
 
-@pytest.mark.parametrize("count", [1, 2, 7, 10, 20])
-def test_the_kernel_equals_its_plain_twin_on_the_papers_schedule(count: int) -> None:
+@pytest.mark.parametrize(("count", "moves"), [(1, 6300), (2, 6300), (7, 6300), (10, 6300), (20, 25200)])
+def test_the_kernel_equals_its_plain_twin_on_the_papers_schedule(count: int, moves: int) -> None:
     problem = draw_problem(count, np.random.default_rng(count))
     plan, twin = anneal(problem, seed=5), plain_static.plan(problem, 5)
     assert (plan.met, plan.evaluations) == (twin.met, twin.evaluations)
     assert plan.sum_e2e_s == twin.total * weigh(problem).tick_s
-    assert plan.evaluations == 6300 + len(RULES)
+    constructed = plain_static.construct(problem, beam_width(count))
+    assert plan.evaluations == moves + len(RULES) + constructed.evaluations + 1  # it is scored again as a start
+
+
+def test_construction_equals_its_plain_twin_with_many_requests_and_narrow_beams() -> None:
+    for count, batch_size in ((18, 1), (25, 4), (33, 7), (50, 50)):
+        problem = replace(draw_problem(count, np.random.default_rng(count)), max_batch_size=batch_size)
+        tables, batch_of = weigh(problem), np.zeros(count, dtype=np.uint64)
+        by_length = np.argsort(tables.run_time[problem.largest_batch, :count], kind="stable")
+        found = static_construction_kernel.construct(
+            by_length, tables.run_time, tables.limit, tables.waited, problem.largest_batch, beam_width(count), batch_of
+        )
+        twin = plain_static.construct(problem, beam_width(count))
+        assert (*found, batch_of.tolist()) == (twin.met, twin.total, twin.evaluations, twin.batch_of)
+
+
+def test_more_requests_get_more_moves_and_a_narrower_beam() -> None:
+    assert [beam_width(n) for n in (1, 20, 25, 50, 51)] == [16, 16, 8, 1, 0]
+    assert [walks(n) * moves_of_a_walk(n, SCHEDULE) for n in (1, 10, 20, 40, 100, 640, 4096)] == [
+        100,
+        100,
+        400,
+        1600,
+        640,
+        100,
+        100,
+    ]
 
 
 @given(problems(14), st.integers(0, 2**64 - 1))
@@ -258,10 +292,11 @@ def test_the_search_is_timed_by_the_clock_it_is_given() -> None:
 def test_early_stop_takes_a_start_that_meets_every_slo() -> None:
     easy = draw_problem(8, np.random.default_rng(0), slo_scale=100.0)
     stopped, searched = anneal(easy, early_stop=True), anneal(easy)
-    assert (stopped.evaluations, stopped.met) == (len(RULES), 8)
-    assert searched.evaluations == 6300 + len(RULES)
+    constructed = plain_static.construct(easy, beam_width(8))
+    assert (stopped.evaluations, stopped.met) == (len(RULES) + constructed.evaluations + 1, 8)
+    assert searched.evaluations == stopped.evaluations + 6300
     best_rule = max((follow_rule(easy, rule) for rule in RULES), key=lambda plan: plan.objective)
-    assert stopped.objective == best_rule.objective
+    assert stopped.objective >= best_rule.objective
     hard = draw_problem(10, np.random.default_rng(0), unless=can_meet_all)
     assert anneal(hard, early_stop=True, clock=VirtualClock()) == anneal(hard, clock=VirtualClock())
 
@@ -318,7 +353,7 @@ def test_annealing_reaches_the_optimum(count: int, slo_scale: float) -> None:
     for seed in range(100):
         problem = draw_problem(count, np.random.default_rng((seed, count)), slo_scale=slo_scale)
         reached += as_good(anneal(problem, seed=seed), enumerate_all(problem))
-    assert reached >= 99
+    assert reached == 100
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 6])
@@ -333,14 +368,13 @@ def test_annealing_reaches_the_optimum_with_other_batch_sizes(batch_size: int) -
 
 
 @pytest.mark.parametrize("count", [12, 15, 20])
-def test_annealing_comes_close_to_a_search_of_two_million(count: int) -> None:
-    long = replace(SCHEDULE, moves_per_level=32_000)
+def test_annealing_comes_close_to_a_search_of_a_million(count: int) -> None:
+    long = replace(SCHEDULE, moves_per_level=1_600_000 // count**2)
     shares = []
     for seed in range(20):
         problem = draw_problem(count, np.random.default_rng(seed))
         shares.append(anneal(problem, seed=seed).objective / anneal(problem, seed=seed + 1, schedule=long).objective)
-    assert np.mean(shares) > 0.985
-    assert min(shares) > 0.88
+    assert min(shares) > 0.99
 
 
 # -- the paper's parameters -----------------------------------------------------------------------------------------
@@ -364,10 +398,14 @@ def test_ten_requests_can_be_drawn_that_cannot_all_meet() -> None:
 
 
 def test_the_warm_up_compiles_all_that_plans_need() -> None:
-    kernels = (static_kernel.anneal, static_enumeration_kernel.enumerate_plans)
+    kernels = (
+        static_construction_kernel.construct,
+        static_kernel.anneal,
+        static_enumeration_kernel.enumerate_plans,
+    )
     static_planner.warm_up()
     compiled = [len(kernel.signatures) for kernel in kernels]
     problem = draw_problem(6, np.random.default_rng(0))
     anneal(problem, seed=2**64 - 1, early_stop=True)
     enumerate_all(problem)
-    assert [len(kernel.signatures) for kernel in kernels] == compiled == [1, 1]
+    assert [len(kernel.signatures) for kernel in kernels] == compiled == [1, 1, 1]

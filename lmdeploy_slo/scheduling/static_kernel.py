@@ -34,6 +34,8 @@ _17 = _U(17)
 _17_BITS = _U((1 << 17) - 1)
 
 jit: Callable[[Callable[..., Any]], Callable[..., Any]] = njit(nogil=True, cache=True, error_model="numpy")
+inlined: Callable[[Callable[..., Any]], Callable[..., Any]] = njit(inline="always", error_model="numpy")
+"""For what is called so often, with so many arrays, that the call itself would count."""
 
 
 class Rows(NamedTuple):
@@ -154,15 +156,17 @@ def _close(k: Any, batches: Any, shift: Any, rows: Any) -> Any:
 
 
 @jit
-def _lay_out(order: Any, n: Any, batch_size: Any, shift: Any, rows: Any) -> Any:
-    """Full batches in this order; returns how many."""
+def _lay_out(batch_of: Any, n: Any, shift: Any, rows: Any) -> Any:
+    """The plan in which each request has this batch, counted from 1; returns how many there are."""
     rows.place[:] = n
     rows.size[:] = _0
-    for i in range(n):
-        row = _1 + i // batch_size
-        _put(order[i], (row << shift) + i % batch_size, rows)
+    batches = _0
+    for r in range(n):
+        row = batch_of[r]
+        _put(r, (row << shift) + rows.size[row], rows)
         rows.size[row] += _1
-    return (n + batch_size - _1) // batch_size
+        batches = max(batches, row)
+    return batches
 
 
 @jit
@@ -245,9 +249,9 @@ def anneal(
 ) -> Any:  # fmt: skip
     """Searches for the plan of n requests with the highest G; leaves each one's batch, counted from 1, in `batch_of`.
 
-    waited: before the plan begins, of all requests together; in the sum of E2E. starts: orders, shape (any, n); each is
-    cut into full batches, and all walks begin from the best of them. enough: a start that meets so many is returned
-    at once; -1 for never. shift: 2 ** shift >= batch_size, and at least 2.
+    waited: before the plan begins, of all requests together; in the sum of E2E. starts: plans, shape (any, n), each
+    request's batch as in `batch_of`; all walks begin from the best of them. enough: a start that meets so many is
+    returned at once; -1 for never. shift: 2 ** shift >= batch_size, and at least 2.
     walks: independent searches, in which the temperature falls from `hot`, times `cooling` after `moves` moves, while
     it is above `cold`. A worse plan is accepted with exp(dG / T), dG in units of `unit` times the best G of the walk.
     Moves: pull a request into the previous batch, push it into the next, exchange it with one of any other batch, or
@@ -271,7 +275,7 @@ def anneal(
     best_total, best_met = 0, 0
     best = -1.0
     for i in range(starts.shape[0]):
-        batches = _lay_out(starts[i], n, batch_size, shift, rows)
+        batches = _lay_out(starts[i], n, shift, rows)
         total, met = _weigh(_0, batches + _1, n, shift, rows, tables)
         if score(met, total) > best:
             best, best_total, best_met = score(met, total), total, met
@@ -284,7 +288,7 @@ def anneal(
         return best_met, best_total, evaluations
     state = seed
     for _ in range(walks):
-        batches = _lay_out(starts[chosen], n, batch_size, shift, rows)
+        batches = _lay_out(starts[chosen], n, shift, rows)
         _weigh(_0, batches + _1, n, shift, rows, tables)
         _keep(_0, batches + _1, rows)
         weighed, total, met, state = _walk(

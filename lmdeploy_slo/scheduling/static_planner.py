@@ -6,13 +6,14 @@ nothing of this: there requests join and leave one by one (`annealing`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 import numpy as np
 import numpy.typing as npt
 
 from lmdeploy_slo.clock import Clock, MonotonicClock
-from lmdeploy_slo.scheduling import static_enumeration_kernel, static_kernel
+from lmdeploy_slo.scheduling import static_construction_kernel, static_enumeration_kernel, static_kernel
 from lmdeploy_slo.scheduling.paper_setting import LATENCY, SCHEDULE, AnnealingSchedule
 from lmdeploy_slo.scheduling.static_model import Columns, StaticPlan, StaticProblem, StaticRequest, score, weigh
 
@@ -22,8 +23,18 @@ MAX_ENUMERATED = 8
 MAX_WEIGHED = 16
 """Requests of which all sets are weighed."""
 
-WALKS = 5
-"""The moves of a level are shared by so many walks: where one gets stuck, others do not."""
+WIDEST_BEAM = 16
+WIDEST_FOR = 20
+"""A plan is constructed in a beam that is this wide for so many requests; its work grows with their third power, so for
+more it is narrower, and from 51 on there is none."""
+
+FEWEST_WALKS, MOST_WALKS = 5, 10
+"""The moves of a level are shared by so many walks, one for two requests: where one gets stuck, others do not."""
+
+SCHEDULE_FOR = 10
+MOST_WORK = 640.0
+"""A schedule is for so many requests. More get more moves, by the square of their number, up to MOST_WORK divided by
+their number times as many; fewer do not get fewer."""
 
 LOSS_SCALE = 40.0
 """exp(dG/T) needs a unit: a loss of the whole G is LOSS_SCALE n^2, so one request in n is LOSS_SCALE n."""
@@ -41,17 +52,31 @@ def anneal(
 ) -> StaticPlan:
     """The plan with the highest G that is found; never a worse one than any fixed rule's.
 
-    Starts from the best rule, arrival order and shortest first among them. seed: 0 <= seed < 2^64; equal seeds give
-    equal plans. early_stop: take the start as it is where it meets every SLO, though it often is not the optimum of G.
+    Starts from the best of the rules, arrival order and shortest first among them, and of a plan that is constructed.
+    seed: 0 <= seed < 2^64; equal seeds give equal plans. schedule: see SCHEDULE_FOR. early_stop: take the start as it
+    is where it meets every SLO, though it often is not the optimum of G.
     """
     clock = clock or MonotonicClock()
     tables = weigh(problem)
     n = len(problem.requests)
-    starts = np.array([rule_order(problem, rule) for rule in RULES], dtype=np.uint64)
+    by_length = np.argsort(tables.run_time[problem.largest_batch, :n], kind="stable")
+    starts = [cut(rule_order(problem, rule), problem.largest_batch) for rule in RULES]
     batch_of = np.zeros(n, dtype=np.uint64)
+    constructed = 0
     begun_at_s = clock.now_s()
+    if beam_width(n):
+        _, _, constructed = static_construction_kernel.construct(
+            by_length,
+            tables.run_time,
+            tables.limit,
+            tables.waited,
+            problem.largest_batch,
+            beam_width(n),
+            batch_of,
+        )
+        starts.append(batch_of.copy())
     met, total, evaluations = static_kernel.anneal(
-        starts,
+        np.array(starts),
         tables.run_time.ravel(),
         tables.limit.ravel(),
         tables.waited,
@@ -61,14 +86,38 @@ def anneal(
         schedule.hot,
         schedule.cold,
         schedule.cooling,
-        -(-schedule.moves_per_level // WALKS),
-        WALKS,
+        moves_of_a_walk(n, schedule),
+        walks(n),
         1.0 / (LOSS_SCALE * n * n),
         problem.with_slo if early_stop else -1,
         batch_of,
     )
     elapsed_s = clock.now_s() - begun_at_s
+    evaluations += constructed
     return StaticPlan(_batches(batch_of), int(met), int(total) * tables.tick_s, int(evaluations), elapsed_s)
+
+
+def beam_width(requests: int) -> int:
+    """Of the beam in which a plan for so many requests is constructed; 0 for none."""
+    return min(WIDEST_BEAM, WIDEST_BEAM * WIDEST_FOR**3 // requests**3)
+
+
+def walks(requests: int) -> int:
+    """Into how many walks the annealing of so many requests is divided."""
+    return min(max(FEWEST_WALKS, requests // 2), MOST_WALKS)
+
+
+def moves_of_a_walk(requests: int, schedule: AnnealingSchedule) -> int:
+    """Moves of one walk at one temperature."""
+    effort = max(1.0, min((requests / SCHEDULE_FOR) ** 2, MOST_WORK / requests))
+    return math.ceil(schedule.moves_per_level * effort / walks(requests))
+
+
+def cut(order: npt.NDArray[np.int64], batch_size: int) -> npt.NDArray[np.uint64]:
+    """Each request's batch, from 1, where they go in this order in full batches."""
+    batch_of = np.empty(len(order), dtype=np.uint64)
+    batch_of[order] = 1 + np.arange(len(order)) // batch_size
+    return batch_of
 
 
 def enumerate_all(problem: StaticProblem, *, clock: Clock | None = None) -> StaticPlan:
