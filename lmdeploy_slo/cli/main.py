@@ -26,7 +26,7 @@ COMMANDS = {
     "simulate": "Replay recorded traces in virtual time, without a server.",
     "compare": "Simulate many combinations in parallel and compare them in pairs.",
     "capacity": "Find how much load, or how few instances, hold a target attainment.",
-    "profile": "Make step-model profiles: fit one to recorded requests.",
+    "profile": "Measure, fit, list and show what forward passes of an engine take.",
     "workload": "Make a trace from presets, lognormal lengths or conversations.",
     "plan": "Print the static plan for a list of requests.",
     "demo": "FCFS and annealing side by side on a generated workload.",
