@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import json
 import statistics
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from profiled import ENDLESS, SMALL, disturbed, far_corner_errors, profiled
+from profiled import ENDLESS, SMALL, Run, disturbed, far_corner_errors, profiled
 
 from lmdeploy_slo.clock import VirtualClock
 from lmdeploy_slo.core.latency_model import StepModel
@@ -67,11 +68,16 @@ class Silent(Forwarding):
         return call  # type: ignore[no-any-return]
 
 
-def measured(model: StepModel, limits: EngineLimits = SMALL, **options: Any) -> Measured:
-    run = profiled(model, limits, **options)
+def made(run: Run) -> Measured:
     assert run.finished
-    info = TargetInfo("emulated", "emulated", True, limits, None, None, versions={"lmdeploy": "0.18.0"})
+    info = TargetInfo("emulated", "emulated", True, BIG, None, None, versions={"lmdeploy": "0.18.0"})
     return make_profile(run.state, run.profiler.points, info, NOTES)
+
+
+@functools.cache
+def big_run(name: str) -> Run:
+    """Of a shipped profile, with the limits of `serve`."""
+    return profiled(load_profile(name).step_model, BIG, session=None)
 
 
 # -- what it finds --------------------------------------------------------------------------------------------------
@@ -81,7 +87,7 @@ def measured(model: StepModel, limits: EngineLimits = SMALL, **options: Any) -> 
 @pytest.mark.parametrize("name", profile_names())
 def test_hidden_coefficients_are_found(name: str, limits: EngineLimits) -> None:
     truth = load_profile(name).step_model
-    run = profiled(truth, limits, session=None if limits is BIG else 4096)
+    run = big_run(name) if limits is BIG else profiled(truth, limits, session=4096)
     assert run.finished
     assert run.state.given_up == run.state.spoiled == {}
     assert far_corner_errors(run.profiler.model, truth, run).max() < 0.03
@@ -102,7 +108,7 @@ async def static_batch(
 @pytest.mark.parametrize("name", profile_names())
 def test_predictions_hold_on_batches_that_were_not_measured(name: str) -> None:
     truth = load_profile(name).step_model
-    profile = measured(truth, BIG, session=None).profile
+    profile = made(big_run(name)).profile
     ttft_off, tpot_off = [], []
     for model in (profile.ranged_step_model(), profile.ranged_bilinear_model()):
         for batch, prompt, output in ((1, 90, 40), (1, 3000, 100), (3, 700, 60), (12, 500, 200), (40, 200, 90)):
@@ -138,7 +144,7 @@ def test_noise_costs_repeats_and_little_else() -> None:
 
 
 def test_the_profile_says_what_it_rests_on() -> None:
-    found = measured(A100)
+    found = made(profiled(A100))
     profile = found.profile
     assert (profile.name, profile.date, profile.gpu, profile.lmdeploy_version) == (
         "mine",

@@ -248,7 +248,6 @@ def _measure(subject: _Subject, samples: Path, effort: Effort, seed: int) -> _Ou
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed}/{task.total} points"),
         TextColumn("{task.fields[left]}"),
     )
     console = Console(stderr=True)
@@ -266,7 +265,10 @@ def _measure(subject: _Subject, samples: Path, effort: Effort, seed: int) -> _Ou
                 row = bar.add_task("warming up", total=None, left="")
 
                 def show(progress: Progress) -> None:
-                    left = f"{progress.elapsed_s:.0f} s so far, about {progress.remaining_s:.0f} s left"
+                    left = (
+                        f"{progress.settled}/{progress.points} points, {progress.elapsed_s:.0f} s so far, "
+                        f"about {progress.remaining_s:.0f} s left"
+                    )
                     bar.update(
                         row, description=progress.now, completed=progress.settled, total=progress.points, left=left
                     )
@@ -279,7 +281,8 @@ def _measure(subject: _Subject, samples: Path, effort: Effort, seed: int) -> _Ou
                 finally:
                     loop.remove_signal_handler(signal.SIGINT)
                 if finished:
-                    bar.update(row, description="measured", completed=len(profiler.points), left="")
+                    done = len(profiler.points)
+                    bar.update(row, description="measured", completed=done, total=done, left=f"{done} points")
                 else:
                     bar.update(row, description="stopped")
             return _Outcome(info, profiler, state, finished)
