@@ -9,7 +9,7 @@ LMDEPLOY_BIN := .venv-lmdeploy/bin
 LMDEPLOY_READY := .venv-lmdeploy/.ready
 LMDEPLOY_NEEDS := tests/with_lmdeploy/requirements.txt
 
-.PHONY: demo test test-fast test-lmdeploy test-gpu lint format types proto wheel clean
+.PHONY: demo test test-fast test-lmdeploy test-gpu lint format types proto wheel lock locked dependencies audit clean
 
 # A generated workload, FCFS and annealing side by side.
 demo: $(READY)
@@ -48,6 +48,29 @@ proto: $(READY)
 
 wheel: $(READY)
 	$(BIN)/python -m build --wheel --outdir dist
+
+# Exact versions and hashes of the development environment, for every Python that is supported.
+lock: $(READY)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet uv
+	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.10 --extra dev --generate-hashes --no-annotate \
+		--custom-compile-command "make lock" --output-file requirements-dev.lock pyproject.toml
+
+# .venv with these and nothing else.
+locked:
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --require-hashes -r requirements-dev.lock
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-build-isolation --no-deps -e .
+	touch $(READY)
+
+# docs/dependencies.md: what is needed at run time, and its licences.
+dependencies: $(READY)
+	$(BIN)/python tests/dependency_page.py
+
+# Licences, and known vulnerabilities of the locked versions; the latter asks PyPI.
+audit: $(READY)
+	$(BIN)/python -m pytest -q tests/test_dependencies.py
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet pip-audit
+	$(BIN)/pip-audit --strict --disable-pip --require-hashes -r requirements-dev.lock
 
 clean:
 	rm -rf .venv .venv-lmdeploy dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
