@@ -2,8 +2,8 @@
 
     python tests/dependency_page.py          # writes the page; `make dependencies`
 
-Licences are what the installed packages say of themselves; where one says it in words, `SAID_IN_WORDS` has what was read
-in its licence file.
+Licences are what the installed packages say of themselves; of one that says it in words, `SAID_IN_WORDS` has what was
+read in its licence file.
 """
 
 from __future__ import annotations
