@@ -19,7 +19,7 @@ from lmdeploy_slo.offline.simulator import PLAN_EVALUATIONS, PLAN_LATENCY_S, Sim
 from lmdeploy_slo.offline.traces import TraceRow
 from lmdeploy_slo.offline.workload import OfferedRequest, build_workload
 from lmdeploy_slo.prediction.calibration import CalibrationStatistics
-from lmdeploy_slo.scheduling.policy import Policy, SearchBudget, make_policy
+from lmdeploy_slo.scheduling.policy import Policy, PolicyFactory, SearchBudget, make_policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,18 +87,21 @@ def run_once(
     rows: Sequence[TraceRow],
     load: Load,
     fleet: Fleet,
-    policy: str,
+    policy: str | PolicyFactory,
     seed: int,
     on_progress: Callable[[int], None] | None = None,
 ) -> Outcome:
     """Simulates one run. The seed is that of the length hints and, with the instance's number added, of each policy.
 
+    policy: the name of one, or what makes one that has options of its own.
     Raises ConfigError for an unknown policy and for what `build_workload` refuses.
     """
 
     def policy_of(instance: int) -> Policy:
         budget = SearchBudget(time_s=None, evaluations=fleet.plan_evaluations)
-        return make_policy(policy, seed=seed + instance, budget=budget)
+        if isinstance(policy, str):
+            return make_policy(policy, seed=seed + instance, budget=budget)
+        return policy(seed + instance, budget)
 
     simulator = Simulator(
         policy_of,
@@ -113,12 +116,16 @@ def run_once(
     )
     records = simulator.run(simulated_requests(offered_requests(rows, load, seed)), on_progress)
     return Outcome(
-        summarize(records, policy=policy, speedup=load.speedup, seed=seed),
+        summarize(records, policy=simulator.instances[0].policy.name, speedup=load.speedup, seed=seed),
         records,
         simulator.plans,
         simulator.evaluations,
         simulator.evictions,
         simulator.prefix_hit_ratio,
         tuple(i.calibration.statistics() for i in simulator.instances if i.calibration is not None),
-        tuple(i.recovery and i.recovery.requests for i in simulator.instances if i.calibration is not None),
+        tuple(
+            None if i.recovery is None else i.recovery.requests
+            for i in simulator.instances
+            if i.calibration is not None
+        ),
     )
