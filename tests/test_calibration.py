@@ -86,7 +86,7 @@ def test_watching_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
     assert statistics.bias == pytest.approx(0.3, abs=0.01)
     assert statistics.slowness == pytest.approx(1.3, abs=0.01)
     assert "recalibrating" not in caplog.text
-    assert "drifted" in caplog.text
+    assert "has changed" in caplog.text
 
 
 def test_quiet_is_quiet(caplog: pytest.LogCaptureFixture) -> None:

@@ -162,6 +162,15 @@ def test_whatever_is_observed_coefficients_stay_positive_and_steps_bounded(histo
             assert value >= was - largest * (1 + 1e-9)
 
 
+def test_numbers_beyond_reason_do_not_stay() -> None:
+    estimator, load = StepEstimator(A100), Load()
+    for duration_s in (1e300, 1e-300):
+        estimator.update(Work(duration_s, 1e150, 1e150, 1e150, 1e150, 1e150))
+    for _ in range(300):
+        estimator.update(load.work(A100))
+    assert largest_error(estimator, A100) < 0.05
+
+
 def test_a_state_goes_on_where_it_was() -> None:
     first, load = StepEstimator(A100), Load(seed=3)
     for _ in range(200):

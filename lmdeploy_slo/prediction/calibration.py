@@ -21,7 +21,13 @@ from lmdeploy_slo.prediction.calibration_windows import StepObserver
 logger = logging.getLogger(__name__)
 
 DRIFT, NO_DRIFT = 0.10, 0.05
-"""Relative errors of forecasts at which the engine counts as drifted, and below which no longer."""
+"""The engine counts as drifted when its slowness has changed by so much, or when errors of forecasts pass that and
+twice what is usual; no longer when the mean error has been below the second for `SETTLED` windows."""
+
+SETTLED = 60
+
+USUAL_PACE = 0.005
+"""Weight of the newest window in what errors usually are."""
 
 ERROR_PACE = 0.05
 """Weight of the newest window in the mean relative error."""
@@ -38,9 +44,9 @@ class CalibrationStatistics:
     """model, profile: coefficients now and at first. slowness: how many times as long as by the profile the engine has
     needed lately. relative_error, bias: running means of |expected - seen| / expected and of (seen - expected) /
     expected, of forecasts made before each window was seen. windows: observed; dropped: those whose work could not be
-    known. updates: of the coefficients, over all runs. drifting: the error has passed `DRIFT` and is not yet back below
-    `NO_DRIFT`; drifts: how often it passed. learning: whether the model is refined at all. failures: of the code here,
-    anything but 0 is a defect."""
+    known. updates: of the coefficients, over all runs. drifting: the engine has changed, and forecasts have not been
+    right again for long; drifts: how often that was. learning: whether the model is refined at all. failures: of the
+    code here, anything but 0 is a defect."""
 
     model: StepModel
     profile: StepModel
@@ -84,8 +90,11 @@ class Calibration:
         self._learning = learning
         self._quiet = quiet
         self._error = self._bias = 0.0
+        self._usual_error = NO_DRIFT
         self._windows = self._drifts = 0
         self._drifting = False
+        self._told_slowness = 1.0  # when drift was last over
+        self._settled_since = 0  # the window from which on the mean error was small
         self._failures = 0
 
     # -- what happens, as in `StepObserver` -----------------------------------
@@ -123,7 +132,7 @@ class Calibration:
         return CalibrationStatistics(
             model=estimator.model,
             profile=estimator.prior,
-            slowness=estimator.slowness if self._learning else max(0.0, 1 + self._bias),
+            slowness=self._slowness,
             relative_error=self._error,
             bias=self._bias,
             windows=self._windows,
@@ -156,38 +165,58 @@ class Calibration:
     def _learn(self, work: Work) -> None:
         expected_s = self._estimator.expected_s(work)
         self._windows += 1
-        if expected_s > 0:
-            self._judge((work.duration_s - expected_s) / expected_s)
         if self._learning:
             self._estimator.update(work)
             if self._on_model is not None:
                 self._on_model(self._estimator.model)
+        if expected_s > 0:
+            self._judge((work.duration_s - expected_s) / expected_s)
+
+    @property
+    def _slowness(self) -> float:
+        return self._estimator.slowness if self._learning else max(0.01, 1 + self._bias)
 
     def _judge(self, error: float) -> None:
         error = min(max(error, -LARGEST_ERROR), LARGEST_ERROR)
         pace = max(ERROR_PACE, 1 / self._windows)
         self._error += pace * (abs(error) - self._error)
         self._bias += pace * (error - self._bias)
+        self._usual_error += max(USUAL_PACE, 1 / self._windows) * (self._error - self._usual_error)
+        if abs(self._bias) >= NO_DRIFT:
+            self._settled_since = self._windows
         if self._windows < _TOLD:
             return
-        if not self._drifting and self._error > DRIFT:
-            self._drifting = True
-            self._drifts += 1
-            logger.log(
-                logging.DEBUG if self._quiet else logging.WARNING,
-                "the engine has drifted: steps take %+.0f %% against what was expected, errors are %.0f %%%s",
-                100 * self._bias,
-                100 * self._error,
-                "; recalibrating" if self._learning else "",
-            )
-        elif self._drifting and self._error < NO_DRIFT:
+        if not self._drifting:
+            changed = abs(self._slowness / self._told_slowness - 1) > DRIFT
+            self._drifting = changed or self._error > max(DRIFT, 2 * self._usual_error)
+            if self._drifting:
+                self._drifts += 1
+                self._settled_since = self._windows
+                self._tell_drift()
+        elif self._windows - self._settled_since >= SETTLED:
             self._drifting = False
-            logger.log(
-                logging.DEBUG if self._quiet else logging.INFO,
-                "forecasts are right again: errors are %.1f %%; the model is now %s",
-                100 * self._error,
-                self,
-            )
+            self._told_slowness = self._slowness
+            self._tell_settled()
+
+    def _tell_drift(self) -> None:
+        logger.log(
+            logging.DEBUG if self._quiet else logging.WARNING,
+            "the engine has changed: its steps take %.2f times what the profile says (%.2f before), forecasts of late "
+            "were %.0f %% off%s",
+            self._slowness,
+            self._told_slowness,
+            100 * self._error,
+            "; recalibrating" if self._learning else "",
+        )
+
+    def _tell_settled(self) -> None:
+        logger.log(
+            logging.DEBUG if self._quiet else logging.INFO,
+            "forecasts are right again, %.1f %% off: steps take %.2f times what the profile says, the model is now %s",
+            100 * self._error,
+            self._slowness,
+            self,
+        )
 
     def __str__(self) -> str:
         names = ("c0", "p1", "p2", "d1", "d2")

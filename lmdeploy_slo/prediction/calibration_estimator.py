@@ -15,9 +15,10 @@ coefficients that nothing says anything about keep their proportion to the rest.
 
 **Robust.** A residual counts in full up to `HUBER` times the recent typical one, then only by its sign (Huber): a
 pause of the process moves nothing by more than an ordinary step does. Where residuals are of one sign, or much larger
-than they used to be, the engine has changed: then few observations are remembered, and it is followed quickly. No
-coefficient moves by more than `LARGEST_STEP` of itself at once, and none is ever negative: the estimate is projected,
-in the metric of what is known.
+than they used to be, the engine has changed, and is followed quickly: few observations are remembered, and above all
+the common factor of all coefficients is doubted, since an engine seldom changes in one of them alone. No coefficient
+moves by more than `LARGEST_STEP` of itself at once, and none is ever negative: the estimate is projected, in the metric
+of what is known.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ HUBER = 1.5
 MEMORY, MEMORY_OF_CHANGE = 100.0, 10.0
 """Observations of the same kind that are remembered, in quiet times and while the engine is changing."""
 
-FADING = 0.95
-"""Of all that is known, so much outlives an observation while the engine is changing."""
+FADING, COMMON_CHANGE = 0.95, 0.05
+"""While the engine is changing: so much of all that is known outlives an observation, and by so much all coefficients
+together are taken to change from one to the next."""
 
 CHANGE, SURPRISE = 0.6, 2.0
 """The engine counts as changing where the mean residual is at least so much of the mean absolute one (they are of one
@@ -90,8 +92,7 @@ class StepEstimator:
         self._unit = _units(prior)
         self._shape: Floats = believed / self._unit  # 1, or 0 where the prior is 0
         self._value: Floats = self._shape.copy()
-        covariance = COMMON_SPREAD**2 * np.outer(self._shape, self._shape) + SPREAD**2 * np.eye(5)
-        self._information = np.asarray(np.linalg.inv(covariance), dtype=np.float64)
+        self._information = self._first_information()
         self._model = prior
         self._residual = 0.0  # running means, in units of the noise expected
         self._absolute = self._usual = 1.0
@@ -138,9 +139,12 @@ class StepEstimator:
         information += share * np.outer(columns, columns)
         if memory == MEMORY_OF_CHANGE:
             information *= FADING
+            common = information @ self._value
+            common /= math.sqrt(1 / COMMON_CHANGE**2 + float(common @ self._value))
+            information -= np.outer(common, common)
         information += _LEAK
         pull = columns * (share * residual) + LEAK / SPREAD**2 * (self.slowness * self._shape - self._value)
-        self._move(np.asarray(np.linalg.solve(information, pull)))
+        self._move(self._solved(pull))
         self.updates += 1
 
     def state(self) -> dict[str, Any]:
@@ -175,6 +179,21 @@ class StepEstimator:
         return True
 
     # -- inside ---------------------------------------------------------------
+
+    def _first_information(self) -> Floats:
+        covariance = COMMON_SPREAD**2 * np.outer(self._shape, self._shape) + SPREAD**2 * np.eye(5)
+        return np.asarray(np.linalg.inv(covariance), dtype=np.float64)
+
+    def _solved(self, pull: Floats) -> Floats:
+        """The step to take. Should rounding ever have worn the information out, it begins afresh from here."""
+        try:
+            step = np.asarray(np.linalg.solve(self._information, pull))
+        except np.linalg.LinAlgError:
+            step = np.full(5, np.nan)
+        if not math.isfinite(sum(step.tolist())):
+            self._information = self._first_information()
+            return np.zeros(5)
+        return step
 
     @property
     def _memory(self) -> float:
