@@ -16,7 +16,9 @@ from lmdeploy_slo.core.request import PriorityClass, RequestSpec
 from lmdeploy_slo.core.snapshot import ROW_DTYPE, EngineLimits, Rows, Snapshot
 from lmdeploy_slo.errors import QueueFull
 from lmdeploy_slo.prediction.length import LengthForecast, TaskLengthPredictor
+from lmdeploy_slo.prediction.prefix import PrefixPredictor
 from lmdeploy_slo.scheduling.row_table import RowTable
+from lmdeploy_slo.scheduling.rules import RulePolicy
 from lmdeploy_slo.scheduling.scheduler import Scheduler
 from lmdeploy_slo.testing.builders import A100, make_slo, make_spec
 
@@ -305,3 +307,60 @@ def test_the_handle_of_a_request_that_has_left_is_nobodys() -> None:
     assert scheduler.apply(plan_of(handle, handle), 0.0) == []
     with pytest.raises(KeyError):
         scheduler.finish(handle, 1)
+
+
+# -- what is in the prefix cache ----------------------------------------------
+
+
+class KnownPrefixes(PrefixPredictor):
+    """Expects a tenth of each prompt, of turns of a conversation what it was told last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: dict[str, float] = {}
+
+    def predict(self, spec: RequestSpec) -> float:
+        return self.told.get(spec.conversation_id, spec.prompt_tokens / 10)
+
+    def observe(self, spec: RequestSpec, cached_tokens: int, at_s: float) -> None:
+        self.told[spec.conversation_id] = float(cached_tokens)
+
+    def finish(self, spec: RequestSpec, output_tokens: int, at_s: float) -> None:
+        self.told[spec.conversation_id] = float(output_tokens)
+
+
+def waiting_prompts(scheduler: Scheduler) -> dict[int, tuple[float, float]]:
+    rows = scheduler.snapshot(0.0).waiting
+    return {int(row["handle"]): (float(row["prompt_tokens"]), float(row["cached_tokens"])) for row in rows}
+
+
+def test_rows_hold_the_part_of_a_prompt_that_is_not_cached() -> None:
+    scheduler = Scheduler(limits=EngineLimits(1), model=A100, lengths=TaskLengthPredictor(), prefixes=KnownPrefixes())
+    handle = scheduler.add(make_spec(prompt_tokens=1000))
+    assert waiting_prompts(scheduler) == {handle: (900, 100)}
+    assert scheduler.statistics().waiting_prompt_tokens == 1000
+    scheduler.apply(RulePolicy("fcfs").plan(scheduler.snapshot(0.0)), 0.0)
+    assert scheduler.cached_tokens(handle) == 100
+    assert scheduler.cached_tokens(handle + 1) == 0
+    plain = Scheduler(limits=EngineLimits(1), model=A100, lengths=TaskLengthPredictor())
+    assert plain.expected_cached_tokens(make_spec(prompt_tokens=1000)) == 0
+
+
+def test_waiting_turns_are_expected_anew_when_their_conversation_goes_on() -> None:
+    prefixes = KnownPrefixes()
+    scheduler = Scheduler(limits=EngineLimits(1), model=A100, lengths=TaskLengthPredictor(), prefixes=prefixes)
+    first = scheduler.add(make_spec("1", conversation_id="c"))
+    scheduler.apply(RulePolicy("fcfs").plan(scheduler.snapshot(0.0)), 0.0)
+    second, third, other = (
+        scheduler.add(make_spec(name, prompt_tokens=1000, conversation_id=conversation))
+        for name, conversation in (("2", "c"), ("3", "c"), ("4", "d"))
+    )
+    scheduler.on_cached(first, 30, 1.0)
+    assert waiting_prompts(scheduler) == {second: (970, 30), third: (970, 30), other: (900, 100)}
+    scheduler.drop(third)
+    scheduler.finish(first, 230, 2.0)
+    assert waiting_prompts(scheduler) == {second: (770, 230), other: (900, 100)}
+    scheduler.drop(second)
+    scheduler.drop(other)
+    assert scheduler._turns == {}
+    scheduler.on_cached(first, 30, 3.0)  # long gone

@@ -121,9 +121,8 @@ class StepEstimator:
         noise_s = math.hypot(NOISE * expected_s, NOISE_S)
         residual = (work.duration_s - expected_s) / noise_s
         share = self._weigh(residual)
-        columns = np.array(
-            (work.steps, work.prefill_tokens, work.prefill_square, work.sequence_steps, work.context_tokens)
-        )
+        counts = (work.steps, work.prefill_tokens, work.prefill_square, work.sequence_steps, work.context_tokens)
+        columns = np.array(counts, dtype=np.float64)
         columns *= self._unit
         self._follow_slowness(work.duration_s, float(columns @ self._shape))
         columns /= noise_s
