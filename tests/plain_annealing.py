@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from lmdeploy_slo.scheduling.annealing_kernel import EPSILON, MAX_STEPS, NEVER, QUANTILES, WAVES
+from lmdeploy_slo.scheduling.annealing_arrays import COARSE, EPSILON, FINE, MAX_STEPS, NEVER, QUANTILES, SPANS, WAVES
 
 MASK = (1 << 64) - 1
 
@@ -34,7 +34,32 @@ def has_objective(row) -> bool:
 
 
 def stall_s(row, pace) -> float:
-    return pace.p1 * row["prompt_tokens"] + pace.p2 * row["prompt_tokens"] ** 2
+    prompt = row["prompt_tokens"]
+    return pace.p1 * prompt + pace.p2 * prompt * (prompt + 2 * row["cached_tokens"])
+
+
+def engine_time_s(row, pace, batch) -> float:
+    output = max(row["output_tokens"], 1.0)
+    context = row["prompt_tokens"] + row["cached_tokens"] + output / 2
+    return stall_s(row, pace) + output * (pace.d1 + pace.d2 * context + pace.c0 / batch)
+
+
+STARTS = [*range(FINE), *range(FINE, MAX_STEPS + COARSE, COARSE)]
+"""The first pass of each span."""
+
+
+def moved_to_an_edge(end: int) -> int:
+    """Where a sequence that ends before pass `end` is taken to end: the nearest first pass of a span, the later of two."""
+    return min(STARTS, key=lambda start: (abs(start - end), -start))
+
+
+def instant(ends_at, step: int) -> float:
+    """When pass `step` begins, in a straight line between the instants of spans and beyond the last."""
+    spans = len(ends_at) - 2
+    span = min(max(i for i, start in enumerate(STARTS) if start <= step), spans)
+    if step == STARTS[span]:
+        return ends_at[span]
+    return ends_at[span] + (step - STARTS[span]) / COARSE * (ends_at[span + 1] - ends_at[span])
 
 
 def lengths(row, spread, least: float) -> list[float]:
@@ -42,28 +67,34 @@ def lengths(row, spread, least: float) -> list[float]:
 
 
 def running_base(rows, pace):
-    """(sequences decoding, their contexts, prefill seconds) per coming pass, one pass at a time."""
-    decoding, context = np.zeros(MAX_STEPS + 2), np.zeros(MAX_STEPS + 2)
-    prefill = np.zeros(MAX_STEPS + 2)
+    """(seconds of decoding, prefill seconds, sequences decoding, their contexts) by span, pass by pass in it."""
+    decode, prefill = np.zeros(SPANS + 2), np.zeros(SPANS + 2)
+    sequences, context = np.zeros(SPANS + 2), np.zeros(SPANS + 2)
     for row in rows:
-        started = row["generated_tokens"] > 0
-        known = row["generated_tokens"] if started else 0.0
-        join = 0 if started else 1
-        if not started:
+        if row["generated_tokens"] <= 0:
             prefill[0] += stall_s(row, pace)
-        in_cache = row["prompt_tokens"] + max(known - 1.0, 0.0)
-        for k in range(join, int(min(max(row["output_tokens"] - known, 1.0), MAX_STEPS))):
-            decoding[k] += 1
-            context[k] += in_cache + (k - join)
-    return decoding, context, prefill
+    for span, start in enumerate(STARTS):
+        for step in range(start, start + (1 if span < FINE else COARSE)):
+            decode[span] += pace.c0
+            for row in rows:
+                started = row["generated_tokens"] > 0
+                known = row["generated_tokens"] if started else 0.0
+                join = 0 if started else 1
+                end = moved_to_an_edge(int(min(max(row["output_tokens"] - known, 1.0), MAX_STEPS)))
+                tokens = row["prompt_tokens"] + row["cached_tokens"] + max(known - 1.0, 0.0) + (step - join)
+                if join <= start < end:
+                    decode[span] += pace.d1 + pace.d2 * tokens
+                    sequences[span] += step == start
+                    context[span] += tokens * (step == start)
+    return decode, prefill, sequences, context
 
 
-def running_stakes(rows, now_s, pace, spread, worths):
+def running_stakes(rows, worth, now_s, pace, spread):
     """[(pass after which it ends, deadline, weight)] of every running request and quantile still at stake."""
     pending = sum(stall_s(row, pace) for row in rows if row["generated_tokens"] <= 0)
     first_pending = pending + pace.c0 + pace.d1 * len(rows)
     stakes = []
-    for row in rows:
+    for row, weight in zip(rows, worth, strict=True):
         started = row["generated_tokens"] > 0
         known = row["generated_tokens"] if started else 0.0
         arrival = row["arrival_at_s"] - now_s
@@ -72,13 +103,13 @@ def running_stakes(rows, now_s, pace, spread, worths):
             continue
         for total in lengths(row, spread, known + 1.0):
             by_tpot = first + row["tpot_s"] * (total - 1.0) if total > 1 else math.inf
-            stakes.append((int(total - known), min(arrival + row["e2e_s"], by_tpot), worths[row["tier"]] / QUANTILES))
+            stakes.append((int(total - known), min(arrival + row["e2e_s"], by_tpot), weight / QUANTILES))
     return stakes
 
 
 def hopeful_rows(rows, now_s, pace, spread, base) -> list[bool]:
     """Which waiting rows would still meet if sent now, at the short end of their forecast."""
-    decoding, context, prefill = base
+    _, prefill, decoding, context = base
     step = pace.c0 + pace.d1 * (decoding[0] + 1.0) + pace.d2 * context[0]
     verdicts = []
     for row in rows:
@@ -94,36 +125,31 @@ def hopeful_rows(rows, now_s, pace, spread, base) -> list[bool]:
     return verdicts
 
 
-def plain_rollout(admit, n, pace, base, steps, stakes, candidates) -> float:
-    """Runs the passes one by one with every candidate kept apart."""
-    decoding, context, prefill = base
+def plain_rollout(admit, n, pace, base, spans, stakes, candidates) -> float:
+    """Runs span after span with every candidate kept apart."""
     ends_at = [0.0]
-    last = 0.0
-    for k in range(steps):
-        sequences, tokens, stall = decoding[k], context[k], prefill[k]
+    for k in range(spans + 1):
+        start, width = STARTS[k], 1 if k < FINE else COARSE
+        decode, stall = base[0][k], base[1][k] if k < FINE else 0.0
         for j in range(n):
             if admit[j] == k:
                 stall += candidates.stall[j]
-            if admit[j] < k < admit[j] + candidates.output[j]:
-                sequences += 1
-                tokens += candidates.prompt[j] + (k - admit[j] - 1)
-        decode = pace.c0 + pace.d1 * sequences + pace.d2 * tokens
-        last = decode + max(stall, pace.background * decode)
-        ends_at.append(ends_at[-1] + last)
+            end = moved_to_an_edge(min(admit[j] + int(candidates.output[j]), MAX_STEPS))
+            if candidates.output[j] > 1 and admit[j] < start < end:
+                for step in range(start, start + width):
+                    decode += pace.d1 + pace.d2 * (candidates.prompt[j] + step - admit[j] - 1)
+        ends_at.append(ends_at[-1] + decode + max(stall, pace.background * decode))
 
-    def after(passes: int) -> float:
-        return ends_at[passes] if passes <= steps else ends_at[steps] + (passes - steps) * last
-
-    score = sum(weight for end, deadline, weight in stakes if after(end) <= deadline)
+    score = sum(weight for end, deadline, weight in stakes if instant(ends_at, end) <= deadline)
     for j in range(n):
-        if admit[j] >= steps:
+        if admit[j] >= FINE:
             continue
         score -= candidates.price[j]
-        first = after(admit[j] + 1)
+        first = ends_at[admit[j] + 1]
         if first > candidates.ttft_at[j]:
             continue
         for output in candidates.outputs[j]:
-            at = after(admit[j] + int(output))
+            at = instant(ends_at, admit[j] + int(output))
             paced = output < 2 or at - first <= candidates.tpot[j] * (output - 1)
             if at <= candidates.e2e_at[j] and paced:
                 score += candidates.worth[j] / QUANTILES
@@ -131,9 +157,9 @@ def plain_rollout(admit, n, pace, base, steps, stakes, candidates) -> float:
 
 
 def plain_greedy(order, n, evaluations, score_of):
-    """insert_greedily with a scoring function: (admission steps, score, evaluations spent)."""
+    """insert_greedily into an empty plan with a scoring function: (admission steps, score, evaluations spent)."""
     admit = [NEVER] * n
-    current, spent = score_of(admit), 1
+    current, spent = score_of(admit), 0
     candidates = score_of.candidates
     for j in order:
         if spent >= evaluations:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_annealing import (
     PlainRandom,
+    engine_time_s,
     hopeful_rows,
     plain_anneal,
     plain_greedy,
@@ -21,6 +22,7 @@ from plain_annealing import (
 from lmdeploy_slo.clock import VirtualClock
 from lmdeploy_slo.core.latency_model import StepModel
 from lmdeploy_slo.core.snapshot import ROW_DTYPE, EngineLimits, Snapshot
+from lmdeploy_slo.scheduling import annealing_arrays as arrays
 from lmdeploy_slo.scheduling import annealing_kernel as kernel
 from lmdeploy_slo.scheduling.annealing import (
     PORTFOLIO_RULES,
@@ -29,12 +31,12 @@ from lmdeploy_slo.scheduling.annealing import (
     AnnealingOptions,
     AnnealingPolicy,
 )
-from lmdeploy_slo.scheduling.annealing_kernel import NEVER, QUANTILES, WAVES
+from lmdeploy_slo.scheduling.annealing_arrays import NEVER, QUANTILES, WAVES
 from lmdeploy_slo.scheduling.policy import SearchBudget
 from lmdeploy_slo.scheduling.rules import rule_order
 
 MODEL = StepModel(c0=0.01025, p1=4.752e-5, p2=1.13e-9, d1=2.377e-5, d2=3.67e-8)
-PACE = kernel.Pace(MODEL.c0, MODEL.p1, MODEL.p2, MODEL.d1, MODEL.d2, 0.4)
+PACE = arrays.Pace(MODEL.c0, MODEL.p1, MODEL.p2, MODEL.d1, MODEL.d2, 0.4)
 SPREAD = np.linspace(-1.0, 1.0, QUANTILES) * 0.8
 NOW_S = 100.0
 
@@ -76,18 +78,22 @@ class Stage:
     """A snapshot as the kernels see it, and a scoring function of the plain twin beside the compiled one."""
 
     def __init__(self, snapshot: Snapshot, price_s: float = 0.8) -> None:
-        self.base, self.scratch = kernel.make_base(), kernel.make_scratch()
-        self.stakes, self.candidates = kernel.make_stakes(1024), kernel.make_candidates(48)
-        self.hopeful = np.zeros(len(snapshot.waiting), dtype=np.bool_)
-        order = np.arange(len(snapshot.waiting))
-        self.at_stake, self.steps = kernel.look_at_running(
-            snapshot.running, NOW_S, PACE, SPREAD, TIER_WORTH, self.base, self.stakes
+        waiting = snapshot.waiting
+        self.base, self.scratch = arrays.make_base(), arrays.make_scratch()
+        self.stakes, self.candidates = arrays.make_stakes(1024), arrays.make_candidates(48)
+        self.worth = TIER_WORTH[snapshot.running["tier"]]
+        self.at_stake, self.spans = kernel.look_at_running(
+            snapshot.running, self.worth, NOW_S, PACE, SPREAD, self.base, self.stakes
         )
-        self.n = kernel.look_at_waiting(
-            snapshot.waiting, order, NOW_S, PACE, SPREAD, TIER_WORTH, price_s, 64.0, self.base, self.candidates,
-            self.hopeful,
+        self.hopeful, self.engine_s = np.empty(len(waiting), dtype=np.bool_), np.empty(len(waiting))
+        kernel.look_at_waiting(waiting, NOW_S, PACE, SPREAD, 64.0, self.base, self.engine_s, self.hopeful)
+        chosen = np.flatnonzero(self.hopeful)
+        self.n = len(chosen)
+        kernel.take_candidates(
+            waiting, chosen, TIER_WORTH[waiting[chosen]["tier"]], NOW_S, PACE, SPREAD, price_s, self.engine_s,
+            self.candidates,
         )  # fmt: skip
-        self.arguments = (PACE, self.base, self.steps, self.stakes, self.at_stake, self.candidates, self.scratch)
+        self.arguments = (PACE, self.base, self.spans, self.stakes, self.at_stake, self.candidates, self.scratch)
 
     def compiled(self, admit: list[int]) -> float:
         return kernel.rollout(np.array(admit, dtype=np.int64), self.n, *self.arguments)
@@ -101,7 +107,7 @@ class Stage:
                 strict=True,
             )
         )
-        return plain_rollout(admit, self.n, PACE, self.base, self.steps, stakes, self.candidates)
+        return plain_rollout(admit, self.n, PACE, self.base, self.spans, stakes, self.candidates)
 
 
 seeds = st.integers(0, 2**32 - 1)
@@ -122,7 +128,7 @@ def test_the_look_at_running_requests_equals_the_plain_twin(seed: int) -> None:
     stage = Stage(snapshot)
     for mine, plain in zip(stage.base, running_base(snapshot.running, PACE), strict=True):
         np.testing.assert_allclose(mine, plain, rtol=1e-9, atol=1e-6)
-    plain_stakes = running_stakes(snapshot.running, NOW_S, PACE, SPREAD, TIER_WORTH)
+    plain_stakes = running_stakes(snapshot.running, stage.worth, NOW_S, PACE, SPREAD)
     assert stage.at_stake == len(plain_stakes)
     mine = zip(stage.stakes.end, stage.stakes.deadline, stage.stakes.weight, strict=True)
     for got, wanted in zip(mine, plain_stakes, strict=False):
@@ -136,6 +142,7 @@ def test_the_look_at_waiting_requests_equals_the_plain_twin(seed: int) -> None:
     stage = Stage(snapshot)
     assert stage.hopeful.tolist() == hopeful_rows(snapshot.waiting, NOW_S, PACE, SPREAD, stage.base)
     assert stage.candidates.row[: stage.n].tolist() == np.flatnonzero(stage.hopeful).tolist()
+    assert stage.engine_s.tolist() == pytest.approx([engine_time_s(row, PACE, 64.0) for row in snapshot.waiting])
 
 
 @given(seed=seeds)
@@ -154,8 +161,9 @@ def test_the_search_equals_the_plain_twin_under_the_same_draws(seed: int) -> Non
     stage = Stage(draw_snapshot(seed, waiting=8, running=8))
     n = stage.n
     order = np.random.default_rng(seed).permutation(n)
-    admit = np.empty(n, dtype=np.int64)
-    score, spent = kernel.insert_greedily(admit, order, n, 60, *stage.arguments)
+    admit = np.full(n, NEVER, dtype=np.int64)
+    nothing = kernel.rollout(admit, n, *stage.arguments)
+    score, spent = kernel.insert_greedily(admit, order, n, nothing, 60, *stage.arguments)
     plain, plain_score, plain_spent = plain_greedy(order.tolist(), n, 60, stage)
     assert (admit.tolist(), spent) == (plain, plain_spent)
     assert score == pytest.approx(plain_score, abs=1e-9)
@@ -197,7 +205,7 @@ def test_no_plan_scores_below_a_rule_of_the_portfolio(seed: int) -> None:
     snapshot = draw_snapshot(seed)
     planner = policy(evaluations=1)  # even where there is no time to search
     plan = planner.plan(snapshot)
-    _, n, stage = planner._set_stage(snapshot)
+    _, _, n, stage = planner._set_stage(snapshot)
     place = np.full(len(snapshot.waiting), -1)
     place[planner._candidates.row[:n]] = np.arange(n)
     for rule in PORTFOLIO_RULES:

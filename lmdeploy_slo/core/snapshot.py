@@ -32,6 +32,7 @@ ROW_DTYPE = np.dtype(
         ("generated_tokens", np.float64),
         ("length_sigma", np.float64),  # relative spread of the length forecast (sigma of its logarithm)
         ("cached_tokens", np.float64),  # of the prompt, expected in the prefix cache: not prefilled, but read each step
+        ("client", np.int64),  # a number that stands for who sent it; 0: nobody in particular
     ]
 )
 

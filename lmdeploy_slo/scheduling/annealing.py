@@ -11,6 +11,7 @@ when that costs the others (expected misses, and the shadow price of its engine 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,16 +20,28 @@ from lmdeploy_slo.clock import Clock, MonotonicClock
 from lmdeploy_slo.core.plan import Plan, PlanQuality
 from lmdeploy_slo.core.snapshot import EngineLimits, Rows, Snapshot
 from lmdeploy_slo.scheduling import annealing_kernel as kernel
-from lmdeploy_slo.scheduling.annealing_kernel import NEVER, QUANTILES
+from lmdeploy_slo.scheduling.annealing_arrays import (
+    EPSILON,
+    NEVER,
+    QUANTILES,
+    Pace,
+    make_base,
+    make_candidates,
+    make_scratch,
+    make_stakes,
+)
 from lmdeploy_slo.scheduling.fcfs_backlog import FcfsBacklog
 from lmdeploy_slo.scheduling.policy import SearchBudget
-from lmdeploy_slo.scheduling.rules import engine_time_s, rule_order
+from lmdeploy_slo.scheduling.rules import rule_order
 from lmdeploy_slo.scheduling.shadow_price import ShadowPrice
 
 PORTFOLIO_RULES = ("fcfs", "edf", "llf", "swf")
 PORTFOLIO_SIZES = (1, 2, 4, 8, 16)
 SLICE = 64
 """Evaluations between two looks at the clock."""
+
+GREEDY_SLICE = 6
+"""Candidates inserted between two looks at the clock."""
 
 HOT, COLD = 0.3, 0.01
 """Temperatures, in requests: at first a plan that loses a third of a request is often tried, at last hardly ever."""
@@ -38,6 +51,13 @@ PRICE_BATCH = 128.0
 
 SHORTEST_STEP_S = 1e-6
 
+FLOOR_SAVED_S = 1.0
+"""Of what the floor grants, so much can be saved up: the prefill of the longest prompts."""
+
+Steps: TypeAlias = npt.NDArray[np.int64]
+
+SEARCHES = ("annealing", "greedy", "portfolio")
+
 TIER_WORTH = np.array([0.1, 1.0, 10.0, 100.0])
 """Worth of a request met, by PriorityClass."""
 
@@ -46,19 +66,25 @@ TIER_WORTH = np.array([0.1, 1.0, 10.0, 100.0])
 class AnnealingOptions:
     """Settings of the policy; the defaults are meant for everybody.
 
+    patience: > 0, the knob between attainment and the longest waits: a leftover pays the price of its engine time in
+    full at first, nothing after this many times the longest wait FCFS would have caused of late.
+    floor: in [0, 1), the share of time that leftovers which have waited twice as long get whatever it costs others.
     max_candidates: waiting requests one search decides on, the cheapest that can still meet. length_spread: how many
     sigmas the outer length quantiles lie off the forecast. price_window_s, price_capacity, price_weight: see
     ShadowPrice; the weight scales it. background_max: largest share of time ascribed to prefills still to come, and
     tpot_share: of the median TPOT objective that decoding and those prefills may fill together.
     leftover_loss: requests one leftover may cost; larger serves hopeless requests sooner, at others' expense.
+    reserve_s: stall still to come that running requests must be able to absorb beside a leftover's own.
     congestion_s: prefill work that is due, submitted or still with a chance, at which a leftover pays the full price of
     its engine time; in a lull it pays less, so that lulls are used. leftovers_per_plan: how many may start at once.
     commitment: worth of a running request in terms of a waiting one; above 1, because what was spent on it is lost with
     it, and whoever takes its place may be given up in turn.
-    patience: > 0, the knob between attainment and the longest waits: a leftover pays the price of its engine time in
-    full at first, nothing after this many times the longest wait FCFS would have caused of late.
+    search: what a plan is made by: "annealing" is all of it, "greedy" stops before annealing, "portfolio" tries the
+    rules alone; for comparisons.
     """
 
+    patience: float = 2.0
+    floor: float = 0.01
     max_candidates: int = 48
     length_spread: float = 0.8
     price_window_s: float = 40.0
@@ -67,10 +93,34 @@ class AnnealingOptions:
     background_max: float = 0.6
     tpot_share: float = 0.9
     leftover_loss: float = 0.02
+    reserve_s: float = 0.3
     congestion_s: float = 0.5
-    commitment: float = 2.0
-    patience: float = 2.0
     leftovers_per_plan: int = 4
+    commitment: float = 2.0
+    search: str = "annealing"
+
+    def __post_init__(self) -> None:
+        if not self.patience > 0:
+            raise ValueError(f"patience must be positive, got {self.patience}")
+        if not 0 <= self.floor < 1:
+            raise ValueError(f"floor must be at least 0 and below 1, got {self.floor}")
+        if self.search not in SEARCHES:
+            raise ValueError(f"search must be one of {', '.join(SEARCHES)}, got {self.search!r}")
+
+
+@dataclass(slots=True)
+class _Search:
+    """The search of one plan as it goes on. spent: plans scored; start: where the best one came from."""
+
+    best: Steps
+    score: float
+    start: str = "none"
+    start_score: float = 0.0
+    spent: int = 1
+
+    def offer(self, name: str, admit: Steps, score: float) -> None:
+        if score > self.score:
+            self.best, self.score, self.start = admit.copy(), score, name
 
 
 class AnnealingPolicy:
@@ -94,11 +144,13 @@ class AnnealingPolicy:
         self._price = ShadowPrice(self._options.price_window_s, self._options.price_capacity)
         self._backlog = FcfsBacklog()
         self._spread = np.linspace(-1.0, 1.0, QUANTILES) * self._options.length_spread
-        self._base = kernel.make_base()
-        self._scratch = kernel.make_scratch()
-        self._candidates = kernel.make_candidates(self._options.max_candidates)
-        self._stakes = kernel.make_stakes(QUANTILES * 256)
+        self._base = make_base()
+        self._scratch = make_scratch()
+        self._candidates = make_candidates(self._options.max_candidates)
+        self._stakes = make_stakes(QUANTILES * 256)
         self._batch = PRICE_BATCH
+        self._granted_s = 0.0  # what the floor has granted and nobody has used
+        self._planned_at_s: float | None = None
         self._last: dict[int, int] = {}  # handle -> admission step of the last plan
         self._last_at_s = 0.0
 
@@ -110,41 +162,76 @@ class AnnealingPolicy:
 
     def plan(self, snapshot: Snapshot) -> Plan:
         started_at_s = self._clock.now_s()
-        waiting = snapshot.waiting
+        options, waiting, now_s = self._options, snapshot.waiting, snapshot.now_s
         self._batch = float(min(PRICE_BATCH, snapshot.limits.max_batch_size))  # one type: one compiled kernel
         self._price.learn(snapshot, self._batch)
         self._backlog.learn(snapshot, self._batch)
-        oldest_first = rule_order(snapshot, "fcfs")
+        if self._planned_at_s is not None:
+            granted_s = self._granted_s + options.floor * max(0.0, now_s - self._planned_at_s)
+            self._granted_s = min(granted_s, FLOOR_SAVED_S)
+        self._planned_at_s = now_s
         if snapshot.free_slots == 0 or not len(waiting):
-            return Plan(order=waiting["handle"][oldest_first], send_now=0)
+            return Plan(order=waiting["handle"][np.argsort(waiting["arrival_at_s"], kind="stable")], send_now=0)
 
-        hopeful, n, stage = self._set_stage(snapshot)
-        best, quality = self._search(n, stage, snapshot, started_at_s)
+        engine_s, hopeful, n, stage = self._set_stage(snapshot)
+        search = self._search(n, stage, snapshot, started_at_s)
         rows = self._candidates.row[:n]
-        send = rows[best == 0]
-        leftovers = self._by_response(snapshot, oldest_first[~hopeful[oldest_first]])
-        extra = kernel.admit_leftovers(
-            waiting, leftovers, self._options.leftovers_per_plan, snapshot.now_s, self._options.leftover_loss,
-            self._options.patience * self._backlog.longest_s, self._price_s * self._congestion(n), self._batch,
-            best, n, *stage,
+        send = rows[search.best == 0]
+        leftovers = self._by_response(snapshot, engine_s, np.flatnonzero(~hopeful))
+        extra, self._granted_s = kernel.admit_leftovers(
+            waiting, leftovers[: options.leftovers_per_plan], now_s, options.patience * self._backlog.longest_s,
+            options.leftover_loss, options.reserve_s, self._granted_s, self._price_s * self._congestion(n), engine_s,
+            search.best, n, *stage,
         )  # fmt: skip
         if not len(send) and not extra and not len(snapshot.running):
             # An idle engine earns nothing: whatever the price, somebody goes.
             send, extra = (rows[:1], 0) if n else (send, 1)
-        later = rows[np.argsort(best, kind="stable")]
-        chosen = _within_kv(snapshot, np.concatenate([send, leftovers[:extra]]))
-        chosen = chosen[: snapshot.free_slots]
-        order = _first_of(np.concatenate([chosen, later, leftovers, oldest_first]))
-        self._remember(waiting, rows, best, snapshot.now_s)
-        return Plan(order=waiting["handle"][order], send_now=len(chosen), quality=quality)
+        chosen = _within_kv(snapshot, np.concatenate([send, leftovers[:extra]]))[: snapshot.free_slots]
+        order = self._order(snapshot, chosen, rows[np.argsort(search.best, kind="stable")], leftovers)
+        self._remember(waiting, rows, search.best, now_s)
+        return Plan(
+            order=waiting["handle"][order],
+            send_now=len(chosen),
+            quality=PlanQuality(search.start, search.start_score, search.score, search.spent, self._price_s),
+            costs=self._price_s * engine_s[order],
+        )
 
-    def _by_response(self, snapshot: Snapshot, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """`rows` by wait over the root of engine time, highest first: between oldest first, which keeps the tail
-        short, and highest response ratio (Brinch Hansen, 1971), which keeps the mean short. Higher tiers first."""
-        waiting = snapshot.waiting[rows]
-        engine_s = np.maximum(engine_time_s(waiting, snapshot.model, self._batch), SHORTEST_STEP_S)
-        response = (snapshot.now_s - waiting["arrival_at_s"]) / np.sqrt(engine_s)
-        return np.asarray(rows[np.lexsort((-response, -waiting["tier"]))], dtype=np.int64)
+    # -- what it looks at -----------------------------------------------------
+
+    @property
+    def _price_s(self) -> float:
+        return self._options.price_weight * self._price.price_s
+
+    def _set_stage(
+        self, snapshot: Snapshot
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_], int, tuple[object, ...]]:
+        """(engine time of each waiting row, which can still meet, how many candidates, what every kernel takes last)."""
+        model, running, waiting, options = snapshot.model, snapshot.running, snapshot.waiting, self._options
+        if QUANTILES * len(running) > len(self._stakes.end):
+            self._stakes = make_stakes(2 * QUANTILES * len(running))
+        duty = min(self._price.duty, self._most_background(snapshot))
+        pace = Pace(model.c0, model.p1, model.p2, model.d1, model.d2, duty / (1.0 - duty))
+        worth = options.commitment * self._worth_of(running)
+        at_stake, spans = kernel.look_at_running(
+            running, worth, snapshot.now_s, pace, self._spread, self._base, self._stakes
+        )
+        engine_s = np.empty(len(waiting))
+        hopeful = np.empty(len(waiting), dtype=np.bool_)
+        kernel.look_at_waiting(waiting, snapshot.now_s, pace, self._spread, self._batch, self._base, engine_s, hopeful)
+        chosen = np.flatnonzero(hopeful)
+        if len(chosen) > options.max_candidates:
+            chosen = chosen[np.argpartition(engine_s[chosen], options.max_candidates)[: options.max_candidates]]
+        chosen = chosen[np.argsort(engine_s[chosen], kind="stable")]
+        kernel.take_candidates(
+            waiting, chosen, self._worth_of(waiting[chosen]), snapshot.now_s, pace, self._spread, self._price_s,
+            engine_s, self._candidates,
+        )  # fmt: skip
+        stage = (pace, self._base, spans, self._stakes, at_stake, self._candidates, self._scratch)
+        return engine_s, hopeful, len(chosen), stage
+
+    def _worth_of(self, rows: Rows) -> npt.NDArray[np.float64]:
+        """Of each row's SLO being met: by its tier, and less where its client asks for more than its share."""
+        return np.asarray(TIER_WORTH[rows["tier"]] * self._price.worth_of(rows["client"]))
 
     def _most_background(self, snapshot: Snapshot) -> float:
         """The largest share of time that prefills still to come can take: the policy itself will hold back more."""
@@ -152,7 +239,7 @@ class AnnealingPolicy:
         objectives = running["tpot_s"][np.isfinite(running["tpot_s"])]
         if not len(objectives):
             return most
-        context = float(np.sum(running["prompt_tokens"] + running["generated_tokens"]))
+        context = float(np.sum(running["prompt_tokens"] + running["cached_tokens"] + running["generated_tokens"]))
         decode_s = model.step_s(0, 0, len(running), context)
         return min(most, max(0.0, 1.0 - decode_s / (self._options.tpot_share * float(np.median(objectives)))))
 
@@ -161,108 +248,116 @@ class AnnealingPolicy:
         due_s = float(self._base.prefill[0] + np.sum(self._candidates.stall[:n]))
         return min(1.0, due_s / self._options.congestion_s)
 
-    # -- inside ---------------------------------------------------------------
+    # -- the search -----------------------------------------------------------
 
-    @property
-    def _price_s(self) -> float:
-        return self._options.price_weight * self._price.price_s
-
-    def _set_stage(self, snapshot: Snapshot) -> tuple[npt.NDArray[np.bool_], int, tuple[object, ...]]:
-        """(which waiting rows can still meet, how many candidates, the arguments every kernel takes last)."""
-        model, running = snapshot.model, snapshot.running
-        if QUANTILES * len(running) > len(self._stakes.end):
-            self._stakes = kernel.make_stakes(2 * QUANTILES * len(running))
-        duty = min(self._price.duty, self._most_background(snapshot))
-        pace = kernel.Pace(model.c0, model.p1, model.p2, model.d1, model.d2, duty / (1.0 - duty))
-        at_stake, steps = kernel.look_at_running(
-            running, snapshot.now_s, pace, self._spread, self._options.commitment * TIER_WORTH, self._base, self._stakes
-        )
-        hopeful = np.zeros(len(snapshot.waiting), dtype=np.bool_)
-        cheapest_first = np.argsort(engine_time_s(snapshot.waiting, model, self._batch), kind="stable")
-        n = kernel.look_at_waiting(
-            snapshot.waiting, cheapest_first, snapshot.now_s, pace, self._spread, TIER_WORTH, self._price_s,
-            self._batch, self._base, self._candidates, hopeful,
-        )  # fmt: skip
-        return hopeful, n, (pace, self._base, steps, self._stakes, at_stake, self._candidates, self._scratch)
-
-    def _search(
-        self, n: int, stage: tuple[object, ...], snapshot: Snapshot, started_at_s: float
-    ) -> tuple[npt.NDArray[np.int64], PlanQuality]:
+    def _search(self, n: int, stage: tuple[object, ...], snapshot: Snapshot, started_at_s: float) -> _Search:
         """Admission steps of the `n` candidates."""
         evaluations = self._budget.evaluations or 1 << 40
-        best = np.full(n, NEVER, dtype=np.int64)
-        best_score = kernel.rollout(best, n, *stage)
+        nothing = np.full(n, NEVER, dtype=np.int64)
+        base_score = kernel.rollout(nothing, n, *stage)
+        search = _Search(nothing, base_score)
         if n == 0:
-            return best, PlanQuality("", best_score, best_score, 1)
-        spent, start = 1, "none"
-        bound = best_score + float(np.sum(np.maximum(self._candidates.worth[:n] - self._candidates.price[:n], 0.0)))
-        greedy = np.empty(n, dtype=np.int64)
-        score, used = kernel.insert_greedily(greedy, np.arange(n), n, evaluations, *stage)
-        spent += used
-        if score > best_score:
-            best, best_score, start = greedy, score, "greedy"
-        # Most plans end here: at the bound everybody is expected to meet, and nothing can score higher.
-        starts = self._portfolio(n, snapshot) if best_score < bound - kernel.EPSILON else []
-        for name, admit in starts:
-            score = kernel.rollout(admit, n, *stage)
-            spent += 1
-            if score > best_score:
-                best, best_score, start = admit, score, name
-        start_score = best_score
-        admit, score = best.copy(), best_score
-        budget_s = self._budget.time_s
-        while spent < evaluations and best_score < bound - kernel.EPSILON:
-            done = spent / evaluations
-            if budget_s is not None:
-                done = max(done, (self._clock.now_s() - started_at_s) / budget_s)
-            if done >= 1.0:
-                break
-            hot = HOT * (COLD / HOT) ** done
-            some = min(SLICE, evaluations - spent)
-            score, best_score = kernel.anneal(admit, best, n, score, best_score, hot, hot, some, self._state, *stage)
-            spent += some
-        return best, PlanQuality(start, start_score, best_score, spent)
+            return search
+        worth, price = self._candidates.worth[:n], self._candidates.price[:n]
+        bound = base_score + float(np.sum(np.maximum(worth - price, 0.0))) - EPSILON
 
-    def _portfolio(self, n: int, snapshot: Snapshot) -> list[tuple[str, npt.NDArray[np.int64]]]:
-        """Starts by name: each rule sending its first few now, and the last plan moved on in time."""
-        rows = self._candidates.row[:n]
-        place = np.full(len(snapshot.waiting), -1, dtype=np.int64)
-        place[rows] = np.arange(n)
+        def done() -> float:
+            """The part of the budget that is spent; 1 also where nothing can score higher."""
+            part = 1.0 if search.score >= bound else search.spent / evaluations
+            if self._budget.time_s is not None:
+                part = max(part, (self._clock.now_s() - started_at_s) / self._budget.time_s)
+            return part
+
+        def insert(name: str, admit: Steps, score: float, order: Steps) -> None:
+            for first in range(0, len(order), GREEDY_SLICE):
+                some = order[first : first + GREEDY_SLICE]
+                score, spent = kernel.insert_greedily(admit, some, n, score, evaluations - search.spent, *stage)
+                search.spent += spent
+                if done() >= 1.0:
+                    break
+            search.offer(name, admit, score)
+
+        if self._options.search != "portfolio":
+            insert("greedy", nothing.copy(), base_score, np.arange(n))
+        # Most plans end here: at the bound everybody is expected to meet, and nothing can score higher.
+        if search.score < bound:
+            for name, admit in self._portfolio(n, snapshot):
+                search.offer(name, admit, kernel.rollout(admit, n, *stage))
+                search.spent += 1
+        if self._options.search != "portfolio" and done() < 1.0:
+            last = self._last_plan(n, snapshot)
+            missing = np.flatnonzero(last == NEVER)
+            if len(missing) < n:
+                search.spent += 1
+                insert("last plan", last, kernel.rollout(last, n, *stage), missing)
+        search.start_score = search.score
+        admit, score = search.best.copy(), search.score
+        while self._options.search == "annealing" and (part := done()) < 1.0:
+            hot = HOT * (COLD / HOT) ** part
+            some = min(SLICE, evaluations - search.spent)
+            score, search.score = kernel.anneal(
+                admit, search.best, n, score, search.score, hot, hot, some, self._state, *stage
+            )
+            search.spent += some
+        return search
+
+    def _portfolio(self, n: int, snapshot: Snapshot) -> list[tuple[str, Steps]]:
+        """Starts by name: each rule sending its first few now."""
+        candidates = snapshot.waiting[self._candidates.row[:n]]
+        among = Snapshot(snapshot.now_s, candidates, snapshot.running, snapshot.limits, snapshot.model)
         starts = []
         for rule in PORTFOLIO_RULES:
-            order = place[rule_order(snapshot, rule)]
-            order = order[order >= 0]
+            order = rule_order(among, rule)
             for size in PORTFOLIO_SIZES:
                 if size < 2 * n:
                     admit = np.full(n, NEVER, dtype=np.int64)
                     admit[order[:size]] = 0
                     starts.append((rule, admit))
-        step_s = max(snapshot.model.step_s(0, 0, self._batch, 0), SHORTEST_STEP_S)
-        passed = int((snapshot.now_s - self._last_at_s) / step_s)
-        handles = snapshot.waiting["handle"][rows].tolist()
-        last = np.array([self._last.get(h, NEVER) for h in handles], dtype=np.int64)
-        starts.append(("last plan", np.where(last < NEVER, np.maximum(last - passed, 0), NEVER)))
         return starts
 
-    def _remember(self, waiting: Rows, rows: npt.NDArray[np.int64], best: npt.NDArray[np.int64], now_s: float) -> None:
+    def _last_plan(self, n: int, snapshot: Snapshot) -> Steps:
+        """The last plan moved on in time; NEVER for whoever it left out or did not know."""
+        step_s = max(snapshot.model.step_s(0, 0, self._batch, 0), SHORTEST_STEP_S)
+        passed = int((snapshot.now_s - self._last_at_s) / step_s)
+        handles = snapshot.waiting["handle"][self._candidates.row[:n]].tolist()
+        last = np.array([self._last.get(h, NEVER) for h in handles], dtype=np.int64)
+        return np.where(last < NEVER, np.maximum(last - passed, 0), NEVER)
+
+    def _remember(self, waiting: Rows, rows: Steps, best: Steps, now_s: float) -> None:
         later = (best > 0) & (best < NEVER)
         self._last = dict(zip(waiting["handle"][rows[later]].tolist(), best[later].tolist(), strict=True))
         self._last_at_s = now_s
 
+    # -- the order ------------------------------------------------------------
 
-def _first_of(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """The rows without repeats, each at its first place."""
-    _, first = np.unique(rows, return_index=True)
-    return np.asarray(rows[np.sort(first)], dtype=np.int64)
+    def _by_response(self, snapshot: Snapshot, engine_s: npt.NDArray[np.float64], rows: Steps) -> Steps:
+        """`rows` by wait over the root of engine time, highest first: between oldest first, which keeps the tail
+        short, and highest response ratio (Brinch Hansen, 1971), which keeps the mean short. Higher tiers first."""
+        waiting = snapshot.waiting[rows]
+        response = (snapshot.now_s - waiting["arrival_at_s"]) / np.sqrt(np.maximum(engine_s[rows], SHORTEST_STEP_S))
+        response *= self._price.worth_of(waiting["client"])
+        return np.asarray(rows[np.lexsort((-response, -waiting["tier"]))], dtype=np.int64)
+
+    def _order(self, snapshot: Snapshot, chosen: Steps, later: Steps, leftovers: Steps) -> Steps:
+        """Every row once: those sent now, candidates by plan, leftovers, and the others by arrival."""
+        left = np.ones(len(snapshot.waiting), dtype=np.bool_)
+        parts = []
+        for rows in (chosen, later, leftovers):
+            rows = rows[left[rows]]
+            left[rows] = False
+            parts.append(rows)
+        others = np.flatnonzero(left)
+        parts.append(others[np.argsort(snapshot.waiting["arrival_at_s"][others], kind="stable")])
+        return np.concatenate(parts)
 
 
-def _within_kv(snapshot: Snapshot, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _within_kv(snapshot: Snapshot, rows: Steps) -> Steps:
     """The head of `rows` whose predicted KV cache fits beside what runs; at least one where nothing runs."""
     limits: EngineLimits = snapshot.limits
     if limits.kv_tokens is None or not len(rows):
         return rows
     running, waiting = snapshot.running, snapshot.waiting[rows]
-    used = float(np.sum(running["prompt_tokens"] + running["output_tokens"]))
-    after = used + np.cumsum(waiting["prompt_tokens"] + waiting["output_tokens"])
+    used = float(np.sum(running["prompt_tokens"] + running["cached_tokens"] + running["output_tokens"]))
+    after = used + np.cumsum(waiting["prompt_tokens"] + waiting["cached_tokens"] + waiting["output_tokens"])
     fits = int(np.searchsorted(after, limits.kv_tokens, side="right"))
     return rows[: max(fits, 0 if len(running) else 1)]

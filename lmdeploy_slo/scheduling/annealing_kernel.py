@@ -13,105 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from numba import njit
 
-MAX_STEPS = 640
-"""Passes a rollout looks ahead; what ends later is extrapolated from the pace of the last one."""
-
-NEVER = 1 << 30
-QUANTILES = 3
-WAVES = np.array([0, 1, 2, 4, 7, 11, 16, 24, 36, 52], dtype=np.int64)
-"""Admission steps the search tries: near ones finely, far ones coarsely."""
-
-EPSILON = 1e-9
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
+from lmdeploy_slo.scheduling.annealing_arrays import COARSE, EPSILON, FINE, MAX_STEPS, NEVER, QUANTILES, SPANS, WAVES
 
 _jit: Callable[[Callable[..., Any]], Callable[..., Any]] = njit(nogil=True, cache=True)
-
-
-class Pace(NamedTuple):
-    """The step model, and what else is expected of the coming passes."""
-
-    c0: float
-    p1: float
-    p2: float
-    d1: float
-    d2: float
-    background: float  # stall by requests still to come, as a multiple of each pass's decode time
-
-
-class Base(NamedTuple):
-    """What the running requests do in each coming pass; length MAX_STEPS + 2."""
-
-    decoding: Floats  # sequences
-    context: Floats  # tokens in the KV cache of those
-    prefill: Floats  # seconds of prompts submitted but not prefilled
-
-
-class Stakes(NamedTuple):
-    """One entry for each running request and length quantile whose SLO is still at stake."""
-
-    end: Ints  # the pass after which it ends
-    deadline: Floats
-    weight: Floats
-
-
-class Candidates(NamedTuple):
-    """Waiting requests the search decides on, one entry each."""
-
-    row: Ints  # of the snapshot's waiting rows
-    stall: Floats  # prefill, s
-    prompt: Floats  # tokens
-    output: Ints  # predicted tokens
-    outputs: Ints  # the same by quantile, shape (n, QUANTILES)
-    ttft_at: Floats  # latest first token
-    e2e_at: Floats  # latest last token
-    tpot: Floats
-    worth: Floats  # of meeting its SLO
-    price: Floats  # of the engine time it takes
-
-
-class Scratch(NamedTuple):
-    """Work arrays of the rollout; length MAX_STEPS + 2."""
-
-    joining: Floats
-    context: Floats
-    prefill: Floats
-    times: Floats
-
-
-def make_base() -> Base:
-    return Base(*(np.zeros(MAX_STEPS + 2) for _ in Base._fields))
-
-
-def make_scratch() -> Scratch:
-    return Scratch(*(np.zeros(MAX_STEPS + 2) for _ in Scratch._fields))
-
-
-def make_stakes(capacity: int) -> Stakes:
-    return Stakes(np.zeros(capacity, dtype=np.int64), np.zeros(capacity), np.zeros(capacity))
-
-
-def make_candidates(capacity: int) -> Candidates:
-    ints, floats = np.zeros(capacity, dtype=np.int64), np.zeros(capacity)
-    return Candidates(
-        row=ints.copy(),
-        stall=floats.copy(),
-        prompt=floats.copy(),
-        output=ints.copy(),
-        outputs=np.zeros((capacity, QUANTILES), dtype=np.int64),
-        ttft_at=floats.copy(),
-        e2e_at=floats.copy(),
-        tpot=floats.copy(),
-        worth=floats.copy(),
-        price=floats.copy(),
-    )
 
 
 @_jit
@@ -129,37 +38,74 @@ def next_random(state: Any) -> Any:
 
 
 @_jit
-def look_at_running(rows: Any, now_s: Any, pace: Any, spread: Any, worths: Any, base: Any, stakes: Any) -> Any:
-    """Fills `base` and `stakes` from the running rows; (entries in stakes, passes worth rolling out).
+def span_of(step: Any) -> Any:
+    """The span in which pass `step` lies."""
+    if step <= FINE:
+        return step
+    return FINE + (step - FINE) // COARSE
 
-    spread: multiples of the relative length error, one a quantile. worths: of a request met, by tier.
+
+@_jit
+def start_of(span: Any) -> Any:
+    """The first pass of a span."""
+    if span <= FINE:
+        return span
+    return FINE + (span - FINE) * COARSE
+
+
+@_jit
+def at_step(times: Any, spans: Any, step: Any) -> Any:
+    """The instant pass `step` begins, between the instants of spans; `times[spans + 1]` extrapolates."""
+    if step <= FINE:
+        return times[step]
+    span = min(FINE + (step - FINE) // COARSE, spans)
+    part = (step - start_of(span)) / COARSE
+    return times[span] + part * (times[span + 1] - times[span])
+
+
+@_jit
+def stall_of(row: Any, pace: Any) -> Any:
+    """Prefill of a row's prompt, s; the part in the prefix cache is only attended to."""
+    prompt = row["prompt_tokens"]
+    return pace.p1 * prompt + pace.p2 * prompt * (prompt + 2.0 * row["cached_tokens"])
+
+
+@_jit
+def engine_time_of(row: Any, pace: Any, reference_batch: Any) -> Any:
+    """As `rules.engine_time_s`, with the exact prefill."""
+    output = max(row["output_tokens"], 1.0)
+    context = row["prompt_tokens"] + row["cached_tokens"] + 0.5 * output
+    return stall_of(row, pace) + output * (pace.d1 + pace.d2 * context + pace.c0 / reference_batch)
+
+
+@_jit
+def look_at_running(rows: Any, worth: Any, now_s: Any, pace: Any, spread: Any, base: Any, stakes: Any) -> Any:
+    """Fills `base` and `stakes` from the running rows; (entries in stakes, spans worth rolling out).
+
+    worth: of each row's SLO being met. spread: multiples of the relative length error, one a quantile.
     A request that has lost already (its first token was late) or carries no objective is not at stake.
     """
-    decoding, context, prefill = base
-    decoding[:] = 0.0
-    context[:] = 0.0
+    decode, prefill, joining, context = base
+    decode[:] = 0.0
     prefill[:] = 0.0
+    joining[:] = 0.0
+    context[:] = 0.0
     pending = 0.0
     for i in range(rows.shape[0]):
         if rows[i]["generated_tokens"] <= 0:
-            prompt = rows[i]["prompt_tokens"]
-            pending += pace.p1 * prompt + pace.p2 * prompt * prompt
+            pending += stall_of(rows[i], pace)
     prefill[0] = pending
     first_pending = pending + pace.c0 + pace.d1 * rows.shape[0]
     count = 0
-    steps = 64
+    steps = FINE
     for i in range(rows.shape[0]):
         row = rows[i]
         generated = row["generated_tokens"]
         started = generated > 0
         known = generated if started else 0.0
         join = 0 if started else 1
-        in_cache = row["prompt_tokens"] + max(known - 1.0, 0.0)
-        middle = int(min(max(row["output_tokens"] - known, 1.0), MAX_STEPS))
-        decoding[join] += 1.0
-        decoding[middle] -= 1.0
-        context[join] += in_cache
-        context[middle] -= in_cache + (middle - join)
+        in_cache = row["prompt_tokens"] + row["cached_tokens"] + max(known - 1.0, 0.0)
+        add_sequence(join, int(min(max(row["output_tokens"] - known, 1.0), MAX_STEPS)), in_cache, joining, context)
         first = row["first_token_at_s"] - now_s if started else first_pending
         arrival = row["arrival_at_s"] - now_s
         ttft, tpot, e2e = row["ttft_s"], row["tpot_s"], row["e2e_s"]
@@ -172,110 +118,134 @@ def look_at_running(rows: Any, now_s: Any, pace: Any, spread: Any, worths: Any, 
                 deadline = min(deadline, first + tpot * (total - 1.0))
             stakes.end[count] = int(total - known)
             stakes.deadline[count] = deadline
-            stakes.weight[count] = worths[row["tier"]] / QUANTILES
+            stakes.weight[count] = worth[i] / QUANTILES
             steps = max(steps, stakes.end[count])
             count += 1
-    # running sums: sequences decoding, and their contexts, which grow by one token a pass each
-    here = 0.0
+    sequences = 0.0
     tokens = 0.0
-    for k in range(MAX_STEPS + 2):
-        tokens += here + context[k]
-        here += decoding[k]
-        decoding[k] = here
+    for k in range(SPANS + 1):
+        width = 1.0 if k < FINE else 1.0 * COARSE
+        tokens += context[k]
+        sequences += joining[k]
+        joining[k] = sequences
         context[k] = tokens
-    return count, min(steps, MAX_STEPS)
+        decode[k] = width * (pace.c0 + pace.d1 * sequences + pace.d2 * (tokens + sequences * (width - 1.0) * 0.5))
+        tokens += sequences * width
+    return count, span_of(min(steps, MAX_STEPS) + COARSE - 1 if steps > FINE else FINE)
 
 
 @_jit
-def look_at_waiting(
-    rows: Any, order: Any, now_s: Any, pace: Any, spread: Any, worths: Any, price_s: Any, reference_batch: Any,
-    base: Any, candidates: Any, hopeful: Any,
-) -> Any:  # fmt: skip
-    """Fills `candidates` with the rows, in `order`, that can still meet their SLO; returns how many.
+def add_sequence(join: Any, end: Any, in_cache: Any, joining: Any, context: Any) -> Any:
+    """One that decodes in the passes from `join` (a single one) to before `end`, as differences from span to span; an
+    end within a group is moved to the nearer edge of it."""
+    last = span_of(end) if end <= FINE else FINE + (end - FINE + COARSE // 2) // COARSE
+    joining[join] += 1.0
+    context[join] += in_cache
+    joining[last] -= 1.0
+    context[last] -= in_cache + (start_of(last) - join)
+
+
+@_jit
+def look_at_waiting(rows: Any, now_s: Any, pace: Any, spread: Any, reference_batch: Any, base: Any, engine_s: Any,
+                    hopeful: Any) -> Any:  # fmt: skip
+    """For each row: its engine time, and whether it can still meet its SLO; returns how many can.
 
     A row can still meet if it would, sent now, at the short end of its length forecast and at the present pace.
-    hopeful[i] tells this of row i, also where `candidates` is full. price_s: of a second of engine time.
     """
     pending = base.prefill[0]
-    step = pace.c0 + pace.d1 * (base.decoding[0] + 1.0) + pace.d2 * base.context[0]
+    step = pace.c0 + pace.d1 * (base.sequences[0] + 1.0) + pace.d2 * base.context[0]
     count = 0
-    for k in range(order.shape[0]):
-        i = order[k]
+    for i in range(rows.shape[0]):
         row = rows[i]
         ttft, tpot, e2e = row["ttft_s"], row["tpot_s"], row["e2e_s"]
+        engine_s[i] = engine_time_of(row, pace, reference_batch)
         hopeful[i] = False
         if (ttft == np.inf and tpot == np.inf and e2e == np.inf) or tpot < step:
             continue
-        prompt, output = row["prompt_tokens"], max(row["output_tokens"], 1.0)
-        stall = pace.p1 * prompt + pace.p2 * prompt * prompt
         arrival = row["arrival_at_s"] - now_s
-        first = pending + stall + step
-        short = max(np.rint(output * math.exp(spread[0] * row["length_sigma"])), 1.0)
-        if first > arrival + ttft or first + (short - 1.0) * step > arrival + e2e:
+        first = pending + stall_of(row, pace) + step
+        if first > arrival + min(ttft, e2e):
             continue
+        if e2e < np.inf:
+            output = max(row["output_tokens"], 1.0)
+            short = max(np.rint(output * math.exp(spread[0] * row["length_sigma"])), 1.0)
+            if first + (short - 1.0) * step > arrival + e2e:
+                continue
         hopeful[i] = True
-        if count == candidates.row.shape[0]:
-            continue
-        candidates.row[count] = i
-        candidates.stall[count] = stall
-        candidates.prompt[count] = prompt
-        candidates.output[count] = int(np.rint(output))
-        for q in range(QUANTILES):
-            candidates.outputs[count, q] = int(max(np.rint(output * math.exp(spread[q] * row["length_sigma"])), 1.0))
-        candidates.ttft_at[count] = arrival + ttft
-        candidates.e2e_at[count] = arrival + e2e
-        candidates.tpot[count] = tpot
-        candidates.worth[count] = worths[row["tier"]]
-        engine_s = stall + output * (pace.d1 + pace.d2 * (prompt + 0.5 * output) + pace.c0 / reference_batch)
-        candidates.price[count] = price_s * engine_s
         count += 1
     return count
 
 
 @_jit
-def rollout(admit: Any, n: Any, pace: Any, base: Any, steps: Any, stakes: Any, at_stake: Any, candidates: Any,
+def take_candidates(rows: Any, chosen: Any, worth: Any, now_s: Any, pace: Any, spread: Any, price_s: Any,
+                    engine_s: Any, candidates: Any) -> Any:  # fmt: skip
+    """Fills `candidates` with the rows numbered `chosen`. worth: of each one's SLO being met; price_s: of a second of
+    engine time, in the same unit."""
+    for k in range(chosen.shape[0]):
+        i = chosen[k]
+        row = rows[i]
+        output = max(row["output_tokens"], 1.0)
+        arrival = row["arrival_at_s"] - now_s
+        candidates.row[k] = i
+        candidates.stall[k] = stall_of(row, pace)
+        candidates.prompt[k] = row["prompt_tokens"] + row["cached_tokens"]
+        candidates.output[k] = int(np.rint(output))
+        for q in range(QUANTILES):
+            candidates.outputs[k, q] = int(max(np.rint(output * math.exp(spread[q] * row["length_sigma"])), 1.0))
+        candidates.ttft_at[k] = arrival + row["ttft_s"]
+        candidates.e2e_at[k] = arrival + row["e2e_s"]
+        candidates.tpot[k] = row["tpot_s"]
+        candidates.worth[k] = worth[k]
+        candidates.price[k] = price_s * engine_s[i]
+
+
+@_jit
+def rollout(admit: Any, n: Any, pace: Any, base: Any, spans: Any, stakes: Any, at_stake: Any, candidates: Any,
             scratch: Any) -> Any:  # fmt: skip
     """Worth of the requests expected to meet, less the price of the work admitted, under admission steps `admit`."""
     joining, context, prefill, times = scratch
-    for k in range(steps + 1):
+    for k in range(spans + 1):
         joining[k] = 0.0
         context[k] = 0.0
+    for k in range(FINE):
         prefill[k] = base.prefill[k]
     score = 0.0
     for j in range(n):
         at = admit[j]
-        if at >= steps:
+        if at >= FINE:
             continue
         prefill[at] += candidates.stall[j]
         score -= candidates.price[j]
         output = candidates.output[j]
         if output > 1:
-            joining[at + 1] += 1.0
-            context[at + 1] += candidates.prompt[j]
-            end = at + output
-            if end <= steps:
-                joining[end] -= 1.0
-                context[end] -= candidates.prompt[j] + (output - 1)
+            add_sequence(at + 1, min(at + output, MAX_STEPS), candidates.prompt[j], joining, context)
     time = 0.0
     sequences = 0.0
     tokens = 0.0
     times[0] = 0.0
-    last = 0.0
-    for k in range(steps):
+    for k in range(FINE):
         tokens += sequences + context[k]
         sequences += joining[k]
-        decode = pace.c0 + pace.d1 * (base.decoding[k] + sequences) + pace.d2 * (base.context[k] + tokens)
-        last = decode + max(prefill[k], pace.background * decode)
+        decode = base.decode[k] + pace.d1 * sequences + pace.d2 * tokens
+        time += decode + max(prefill[k], pace.background * decode)
+        times[k + 1] = time
+    tokens += sequences
+    slower = 1.0 + pace.background
+    last = 0.0
+    for k in range(FINE, spans + 1):
+        tokens += context[k]
+        sequences += joining[k]
+        last = base.decode[k] + COARSE * (pace.d1 * sequences + pace.d2 * (tokens + sequences * (COARSE - 1) * 0.5))
+        last *= slower
         time += last
         times[k + 1] = time
+        tokens += sequences * COARSE
     for i in range(at_stake):
-        end = stakes.end[i]
-        at_s = times[end] if end <= steps else time + (end - steps) * last
-        if at_s <= stakes.deadline[i]:
+        if at_step(times, spans, stakes.end[i]) <= stakes.deadline[i]:
             score += stakes.weight[i]
     for j in range(n):
         at = admit[j]
-        if at >= steps:
+        if at >= FINE:
             continue
         first = times[at + 1]
         if first > candidates.ttft_at[j]:
@@ -283,8 +253,7 @@ def rollout(admit: Any, n: Any, pace: Any, base: Any, steps: Any, stakes: Any, a
         met = 0
         for q in range(QUANTILES):
             output = candidates.outputs[j, q]
-            end = at + output
-            at_s = times[end] if end <= steps else time + (end - steps) * last
+            at_s = at_step(times, spans, at + output)
             # a single token meets any TPOT; without the test, no objective (inf) times 0 would be nan
             paced = output < 2 or at_s - first <= candidates.tpot[j] * (output - 1)
             if at_s <= candidates.e2e_at[j] and paced:
@@ -295,18 +264,16 @@ def rollout(admit: Any, n: Any, pace: Any, base: Any, steps: Any, stakes: Any, a
 
 @_jit
 def insert_greedily(
-    admit: Any, order: Any, n: Any, evaluations: Any, pace: Any, base: Any, steps: Any, stakes: Any, at_stake: Any,
-    candidates: Any, scratch: Any,
+    admit: Any, order: Any, n: Any, current: Any, evaluations: Any, pace: Any, base: Any, spans: Any, stakes: Any,
+    at_stake: Any, candidates: Any, scratch: Any,
 ) -> Any:  # fmt: skip
-    """Builds a plan: one candidate after the other, in `order`, at the wave that scores best, or never.
+    """Takes the candidates in `order`, all NEVER in `admit`, into the plan one after the other: each at the wave that
+    scores best, or never. current: the score of `admit`.
 
     Returns (score, evaluations spent); stops inserting when `evaluations` are spent.
     """
-    for j in range(n):
-        admit[j] = NEVER
-    current = rollout(admit, n, pace, base, steps, stakes, at_stake, candidates, scratch)
-    spent = 1
-    for i in range(n):
+    spent = 0
+    for i in range(order.shape[0]):
         if spent >= evaluations:
             break
         j = order[i]
@@ -315,7 +282,7 @@ def insert_greedily(
         most = current + candidates.worth[j] - candidates.price[j] - EPSILON
         for s in range(WAVES.shape[0]):
             admit[j] = WAVES[s]
-            score = rollout(admit, n, pace, base, steps, stakes, at_stake, candidates, scratch)
+            score = rollout(admit, n, pace, base, spans, stakes, at_stake, candidates, scratch)
             spent += 1
             if score > value + EPSILON:
                 value = score
@@ -330,7 +297,7 @@ def insert_greedily(
 @_jit
 def anneal(
     admit: Any, best: Any, n: Any, score: Any, best_score: Any, hot: Any, cold: Any, evaluations: Any, state: Any,
-    pace: Any, base: Any, steps: Any, stakes: Any, at_stake: Any, candidates: Any, scratch: Any,
+    pace: Any, base: Any, spans: Any, stakes: Any, at_stake: Any, candidates: Any, scratch: Any,
 ) -> Any:  # fmt: skip
     """`evaluations` moves from `admit` (whose score is `score`), the temperature falling from `hot` to `cold`.
 
@@ -354,7 +321,7 @@ def anneal(
             other = int(next_random(state) * n)
             admit[j] = admit[other]
             admit[other] = old
-        value = rollout(admit, n, pace, base, steps, stakes, at_stake, candidates, scratch)
+        value = rollout(admit, n, pace, base, spans, stakes, at_stake, candidates, scratch)
         if value >= score or next_random(state) < math.exp((value - score) / temperature):
             score = value
             if score > best_score + EPSILON:
@@ -372,31 +339,36 @@ def anneal(
 
 @_jit
 def admit_leftovers(
-    rows: Any, order: Any, most: Any, now_s: Any, loss: Any, patience_s: Any, price_s: Any, reference_batch: Any,
-    admit: Any, n: Any, pace: Any, base: Any, steps: Any, stakes: Any, at_stake: Any, candidates: Any, scratch: Any,
+    rows: Any, order: Any, now_s: Any, patience_s: Any, loss: Any, reserve_s: Any, granted_s: Any, price_s: Any,
+    engine_s: Any, admit: Any, n: Any, pace: Any, base: Any, spans: Any, stakes: Any, at_stake: Any, candidates: Any,
+    scratch: Any,
 ) -> Any:  # fmt: skip
-    """How many of the rows in `order` may be sent now on top of the plan for at most `loss` each.
+    """How many of the rows in `order` may be sent now on top of the plan; (count, what is left of `granted_s`).
 
-    These are requests with nothing to gain: without an objective, or with one that is lost. The loss is what the
-    plan's score falls by, and the price of their engine time, which fades to nothing over a wait of `patience_s`.
-    Changes `base`.
+    These are requests with nothing to gain: without an objective, or with one that is lost. One may cost the plan at
+    most `loss` (what its score falls by with `reserve_s` of stall to come, and the price of its engine time); reserve
+    and price fade to nothing over a wait of `patience_s`. Who has waited twice as long may also go at any cost, as long
+    as its prefill fits into `granted_s`. Changes `base`.
     """
-    score = rollout(admit, n, pace, base, steps, stakes, at_stake, candidates, scratch)
     taken = 0
-    for k in range(min(most, order.shape[0])):
+    reserve = 0.0
+    for k in range(order.shape[0]):
         row = rows[order[k]]
-        prompt, output = row["prompt_tokens"], max(row["output_tokens"], 1.0)
-        stall = pace.p1 * prompt + pace.p2 * prompt * prompt
-        engine_s = stall + output * (pace.d1 + pace.d2 * (prompt + 0.5 * output) + pace.c0 / reference_batch)
-        base.prefill[0] += stall
-        end = int(min(output, MAX_STEPS))
-        for s in range(1, end + 1):
-            base.decoding[s] += 1.0
-            base.context[s] += prompt + (s - 1)
-        value = rollout(admit, n, pace, base, steps, stakes, at_stake, candidates, scratch)
         charged = max(0.0, 1.0 - (now_s - row["arrival_at_s"]) / patience_s)
-        if score - value > loss or price_s * engine_s * charged > loss:
-            break
-        score = value
+        base.prefill[0] += reserve_s * charged - reserve
+        reserve = reserve_s * charged
+        score = rollout(admit, n, pace, base, spans, stakes, at_stake, candidates, scratch)
+        stall = stall_of(row, pace)
+        base.prefill[0] += stall
+        held = row["prompt_tokens"] + row["cached_tokens"]
+        end = span_of(int(min(row["output_tokens"], MAX_STEPS)))
+        for s in range(1, end):
+            width = 1 if s < FINE else COARSE
+            base.decode[s] += width * (pace.d1 + pace.d2 * (held + (start_of(s) - 1) + (width - 1) * 0.5))
+        value = rollout(admit, n, pace, base, spans, stakes, at_stake, candidates, scratch)
+        if score - value > loss or price_s * engine_s[order[k]] * charged > loss:
+            if now_s - row["arrival_at_s"] < 2.0 * patience_s or stall > granted_s:
+                break
+            granted_s -= stall
         taken += 1
-    return taken
+    return taken, granted_s
