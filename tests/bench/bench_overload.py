@@ -4,7 +4,7 @@
 
 A real `lmdeploy_slo serve` on the emulated engine, which starts 32 requests a second at most (16 places, 50 steps of 10
 ms each), gets equal requests at random instants (Poisson, open loop) over real gRPC: first 1.5 times that many, then 10
-times. 24 requests may wait. Each promises 1.5 s from arrival to last token. Prints, for both loads, the latency of
+times. 24 requests may wait. Each promises 2 s from arrival to last token. Prints, for both loads, the latency of
 rejections as the client sees it, attainment among accepted requests, and the server's resident memory, sampled every
 two seconds; its growth is that of the mean of the last quarter over that of the second.
 """
@@ -33,7 +33,7 @@ from lmdeploy_slo.v1 import inference_pb2_grpc
 
 PLACES, STEPS, STEP_S = 16, 50, 0.010
 CAPACITY = PLACES / (STEPS * STEP_S)
-QUEUE, SLO_MS = 24, 1500.0
+QUEUE, SLO_MS = 24, 2000.0
 LOADS = (1.5, 10.0)
 SAMPLE_S = 2.0
 
