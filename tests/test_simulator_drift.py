@@ -168,6 +168,8 @@ def test_turns_are_planned_with_what_the_cache_will_hold() -> None:
     ]
     simulator = Simulator(Watched(), model=A100, limits=EngineLimits(), calibrate=True, prefix_cache_tokens=10**6)
     simulator.run(requests)
+    assert simulator.prefix_error_tokens is not None
+    assert simulator.prefix_error_tokens < 200
     prompts = [row.input_tokens for row in conversations()]
     assert all(sum(shown[n + 1]) == pytest.approx(prompt) for n, prompt in enumerate(prompts))
     assert all(shown[n][1] == 0 for n in range(1, 21))  # first turns

@@ -222,6 +222,9 @@ def _remark(outcome: Outcome, elapsed_s: float) -> str:
         f"{outcome.evaluations:,} evaluations" if outcome.evaluations else "",
         f"{outcome.evictions:,} evictions" if outcome.evictions else "",
         "" if outcome.prefix_hit_ratio is None else f"{outcome.prefix_hit_ratio:.1%} of prompt tokens cached",
+        ""
+        if outcome.prefix_error_tokens is None
+        else f"expected to within {outcome.prefix_error_tokens:,.0f} tokens a prompt",
     )
     return ", ".join(part for part in parts if part)
 

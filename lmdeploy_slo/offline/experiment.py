@@ -58,6 +58,8 @@ class Outcome:
 
     calibrations: of each instance, where forecasts were watched. recoveries: beside them, the requests that finished
     after the drift until forecasts were right to 5 % and stayed so; None where they never were, or nothing drifted.
+    prefix_error_tokens: mean |expected - cached tokens| of the last hundred requests or so; None where nothing was
+    expected.
     """
 
     run: dict[str, Any]
@@ -68,6 +70,7 @@ class Outcome:
     prefix_hit_ratio: float | None  # cached / all prompt tokens; None without a prefix cache
     calibrations: tuple[CalibrationStatistics, ...] = ()
     recoveries: tuple[int | None, ...] = ()
+    prefix_error_tokens: float | None = None
 
 
 def offered_requests(rows: Sequence[TraceRow], load: Load, seed: int) -> list[OfferedRequest]:
@@ -128,4 +131,5 @@ def run_once(
             for i in simulator.instances
             if i.calibration is not None
         ),
+        simulator.prefix_error_tokens,
     )

@@ -116,6 +116,13 @@ class Simulator:
         looked_up = sum(cache.looked_up_tokens for cache in caches)
         return sum(cache.hit_tokens for cache in caches) / looked_up if looked_up else None
 
+    @property
+    def prefix_error_tokens(self) -> float | None:
+        """Mean error of the prefix hits that were expected of late; None where none were looked up or expected."""
+        known = [instance.scheduler.prefixes for instance in self.instances if instance.prefix_cache is not None]
+        errors = [prefixes.mean_error_tokens for prefixes in known if prefixes is not None and prefixes.observed]
+        return sum(errors) / len(errors) if errors else None
+
     def run(
         self, requests: Iterable[SimulatedRequest], on_progress: Callable[[int], None] | None = None
     ) -> list[RequestRecord]:

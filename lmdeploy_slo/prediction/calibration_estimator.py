@@ -64,7 +64,7 @@ SPREAD, COMMON_SPREAD = 0.3, 0.5
 LEAK = 0.01
 """Of the first knowledge that is believed anew with each observation."""
 
-_LEAK = LEAK / SPREAD**2 * np.eye(5)
+_LEAK = LEAK / SPREAD**2
 
 _TYPICAL_C0_S = 0.01
 _C0_PER_P1, _P2_PER_P1, _D1_PER_P1, _D2_PER_C0 = 220.0, 2.9e-5, 0.5, 7e-6  # as in `prediction.fitting`
@@ -134,15 +134,16 @@ class StepEstimator:
         known = float(columns @ seen)
         if known > 0:
             seen *= math.sqrt(share / (known * memory))
-            information -= np.outer(seen, seen)
-        information += share * np.outer(columns, columns)
+            information -= seen[:, None] * seen
+        pull = columns * (share * residual) + _LEAK * (self.slowness * self._shape - self._value)
+        columns *= math.sqrt(share)
+        information += columns[:, None] * columns
         if memory == MEMORY_OF_CHANGE:
             information *= FADING
             common = information @ self._value
             common /= math.sqrt(1 / COMMON_CHANGE**2 + float(common @ self._value))
-            information -= np.outer(common, common)
-        information += _LEAK
-        pull = columns * (share * residual) + LEAK / SPREAD**2 * (self.slowness * self._shape - self._value)
+            information -= common[:, None] * common
+        information.flat[::6] += _LEAK  # the diagonal
         self._move(self._solved(pull))
         self.updates += 1
 
@@ -186,7 +187,7 @@ class StepEstimator:
     def _solved(self, pull: Floats) -> Floats:
         """The step to take. Should rounding ever have worn the information out, it begins afresh from here."""
         try:
-            step = np.asarray(np.linalg.solve(self._information, pull))
+            step: Floats = np.linalg.solve(self._information, pull)
         except np.linalg.LinAlgError:
             step = np.full(5, np.nan)
         if not math.isfinite(sum(step.tolist())):
