@@ -84,7 +84,8 @@ def test_a_bare_request_gets_the_defaults() -> None:
 def test_every_field_arrives() -> None:
     accepted = check(
         """
-        request_id: "mine" model: "scripted-model" task_type: "code" fairness_id: "team" sheddable: true conversation_id: "c-1"
+        request_id: "mine" model: "scripted-model" task_type: "code" fairness_id: "team" sheddable: true
+        conversation_id: "c-1"
         expected_output_tokens: 7 queue_timeout_ms: 1500 priority_class: PRIORITY_CLASS_INTERACTIVE
         slo { ttft_ms: 100 tpot_ms: 20 e2e_ms: 3000 }
         sampling {
@@ -416,3 +417,25 @@ def test_the_default_queue_timeout() -> None:
 def test_options_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         GatewayOptions(**wrong)
+
+
+# -- conversations ------------------------------------------------------------
+
+
+def messages(*turns: str, conversation_id: str = "") -> str:
+    roles = ["user", "assistant"]
+    said = " ".join(f'messages {{ role: "{roles[n % 2]}" content: "{text}" }}' for n, text in enumerate(turns))
+    return f'messages {{ {said} }} conversation_id: "{conversation_id}"'
+
+
+def test_turns_that_begin_alike_are_one_conversation() -> None:
+    first, second, third, other = (
+        check(messages(*turns), prompt="").spec.conversation_id
+        for turns in (["Hi"], ["Hi", "Hello", "A"], ["Hi", "Hello", "A", "B", "C"], ["Hi", "Yes", "A"])
+    )
+    assert first == ""
+    assert second == third
+    assert second != other
+    assert 0 < len(second) <= 128
+    assert check(messages("Hi", "Hello", "A", conversation_id="mine"), prompt="").spec.conversation_id == "mine"
+    assert check(messages("Hi", "Hel", "loA"), prompt="").spec.conversation_id not in (second, other)

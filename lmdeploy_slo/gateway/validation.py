@@ -6,6 +6,7 @@ The limits are those stated beside the fields in the .proto file. All violations
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import re
 import uuid
 from collections.abc import Callable, Sequence
@@ -262,7 +263,7 @@ def _read(
         priority_class=PriorityClass.DEFAULT if priority_class is None else priority_class,
         sheddable=request.sheddable,
         queue_timeout_s=queue_timeout_s,
-        conversation_id=request.conversation_id,
+        conversation_id=request.conversation_id or _conversation_of(request),
     )
     engine_request = EngineRequest(
         request_id=request_id,
@@ -272,6 +273,17 @@ def _read(
         emulated_output_tokens=_emulated_output_tokens(request, engine, check),
     )
     return spec, engine_request
+
+
+def _conversation_of(request: pb.GenerateRequest) -> str:
+    """Of messages that name no conversation: all turns after the first begin with the same messages, up to the first
+    answer; a digest of these, "" where there is none yet."""
+    digest = hashlib.blake2b(digest_size=12)
+    for message in request.messages.messages:
+        digest.update(f"{message.role}\0{message.content}\0".encode("utf-8", "surrogatepass"))
+        if message.role == "assistant":
+            return f"messages:{digest.hexdigest()}"
+    return ""
 
 
 def _request_id(request: pb.GenerateRequest, aliases: Aliases, check: _Check) -> str:
