@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 import pytest
 
 from lmdeploy_slo.clock import VirtualClock
+from lmdeploy_slo.config_sections import LimitsConfig
 from lmdeploy_slo.core.clients import ClientPolicy
 from lmdeploy_slo.core.request import ClientId, PriorityClass
 from lmdeploy_slo.errors import ConfigError
@@ -141,3 +143,24 @@ def test_a_broken_file_is_no_start(file: Path) -> None:
     file.write_text("?")
     with pytest.raises(ConfigError):
         Watched("policies", [file], lambda: read_policies(file), VirtualClock())
+
+
+# -- what the page says -------------------------------------------------------
+
+LIMITS_PAGE = (Path(__file__).parents[1] / "docs" / "limits.md").read_text(encoding="utf-8")
+
+
+def test_the_page_on_limits_shows_a_file_that_can_be_read(file: Path) -> None:
+    (toml,) = re.findall(r"```toml\n(.*?)```", LIMITS_PAGE, re.DOTALL)
+    file.write_text(toml)
+    policies = read_policies(file)
+    assert policies.of(ClientId("nightly")).sheddable is True
+    assert policies.of(ClientId("ops")).operator
+
+
+def test_the_page_on_limits_names_every_key() -> None:
+    keys = [
+        *LimitsConfig.model_fields,
+        *(field for field in ClientPolicy.__dataclass_fields__ if "timeout" not in field),
+    ]
+    assert [key for key in keys if f"`{key}`" not in LIMITS_PAGE and f"\n{key} = " not in LIMITS_PAGE] == []

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,9 +15,10 @@ import pytest
 from certificates import Authority, ServerFiles, new_authority, replace
 from serve_process import serve
 
-from lmdeploy_slo.client import Client, tls_credentials
+from lmdeploy_slo.client import NO_RETRY, Client, tls_credentials
 from lmdeploy_slo.client.channel import Access
-from lmdeploy_slo.errors import ConfigError, RateLimited, Unauthenticated
+from lmdeploy_slo.errors import ConfigError, RateLimited, RequestError, Unauthenticated
+from lmdeploy_slo.gateway.tokens import new_token
 
 COMMAND = [sys.executable, "-m", "lmdeploy_slo"]
 
@@ -178,3 +181,50 @@ def test_a_client_certificate_comes_with_its_key(tmp_path: Path) -> None:
         tls_credentials(cert=tmp_path / "c.pem")
     with pytest.raises(ConfigError, match="No such file"):
         tls_credentials(ca=tmp_path / "c.pem")
+
+
+# -- what is not written down -------------------------------------------------
+
+CANARY = "plover-4711"
+
+
+def test_no_prompt_and_no_token_is_in_the_log_or_the_metrics(tmp_path: Path) -> None:
+    token, line = new_token("alice")
+    (tmp_path / "tokens").write_text(line)
+    flags = ["--policy", "fcfs", "--tokens-file", str(tmp_path / "tokens"), "--metrics-port", "0", "--port", "0"]
+    log = tmp_path / "log"
+    with (
+        log.open("w") as stderr,
+        subprocess.Popen(
+            [*COMMAND, "serve", *flags, "--log-level", "debug", "--log-requests"],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        ) as process,
+    ):
+        assert process.stdout is not None
+        ready = re.fullmatch(r"lmdeploy_slo: serving on (\S+) \(.*; metrics on (\S+)\)\n", process.stdout.readline())
+        assert ready is not None
+        with Client(ready[1], token=token, retry=NO_RETRY) as client:
+            client.generate(CANARY, max_new_tokens=2, ignore_eos=True, request_id="one")
+            client.generate([{"role": "user", "content": CANARY}], max_new_tokens=2, ignore_eos=True)
+            assert client.predict(CANARY, e2e_ms=1).would_meet_slo is False
+            for wrong in ({"temperature": 9.0}, {"model": "none"}, {"stop": [CANARY] * 99}, {"queue_timeout_ms": 0.0}):
+                with pytest.raises(RequestError) as refusal:
+                    client.generate(CANARY, **wrong)
+                assert CANARY not in str(refusal.value)
+            stream = client.stream(CANARY, max_new_tokens=100_000, ignore_eos=True)
+            next(stream)
+            stream.close()
+        with Client(ready[1], token=f"{token}x") as stranger, pytest.raises(Unauthenticated):
+            stranger.generate(CANARY)
+        metrics = urllib.request.urlopen(f"http://{ready[2]}/metrics", timeout=10).read().decode()
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=30)
+    written = log.read_text()
+    assert "one" in written, "requests are logged"
+    assert "requests_rejected_total" in metrics
+    for text in (written, metrics):
+        assert CANARY not in text
+        assert token not in text
+        assert token[15:] not in text
