@@ -49,7 +49,7 @@ STARTS = [*range(FINE), *range(FINE, MAX_STEPS + COARSE, COARSE)]
 
 
 def moved_to_an_edge(end: int) -> int:
-    """Where a sequence that ends before pass `end` is taken to end: the nearest first pass of a span, the later of two."""
+    """Where a sequence that ends before pass `end` is taken to end: the nearest first pass of a span."""
     return min(STARTS, key=lambda start: (abs(start - end), -start))
 
 

@@ -205,7 +205,7 @@ class AnnealingPolicy:
     def _set_stage(
         self, snapshot: Snapshot
     ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_], int, tuple[object, ...]]:
-        """(engine time of each waiting row, which can still meet, how many candidates, what every kernel takes last)."""
+        """(engine time by waiting row, which can still meet, how many candidates, what every kernel takes last)."""
         model, running, waiting, options = snapshot.model, snapshot.running, snapshot.waiting, self._options
         if QUANTILES * len(running) > len(self._stakes.end):
             self._stakes = make_stakes(2 * QUANTILES * len(running))
@@ -268,28 +268,20 @@ class AnnealingPolicy:
                 part = max(part, (self._clock.now_s() - started_at_s) / self._budget.time_s)
             return part
 
-        def insert(name: str, admit: Steps, score: float, order: Steps) -> None:
-            for first in range(0, len(order), GREEDY_SLICE):
-                some = order[first : first + GREEDY_SLICE]
+        if self._options.search != "portfolio":
+            admit, score = nothing.copy(), base_score
+            for first in range(0, n, GREEDY_SLICE):
+                some = np.arange(first, min(first + GREEDY_SLICE, n))
                 score, spent = kernel.insert_greedily(admit, some, n, score, evaluations - search.spent, *stage)
                 search.spent += spent
                 if done() >= 1.0:
                     break
-            search.offer(name, admit, score)
-
-        if self._options.search != "portfolio":
-            insert("greedy", nothing.copy(), base_score, np.arange(n))
+            search.offer("greedy", admit, score)
         # Most plans end here: at the bound everybody is expected to meet, and nothing can score higher.
         if search.score < bound:
             for name, admit in self._portfolio(n, snapshot):
                 search.offer(name, admit, kernel.rollout(admit, n, *stage))
                 search.spent += 1
-        if self._options.search != "portfolio" and done() < 1.0:
-            last = self._last_plan(n, snapshot)
-            missing = np.flatnonzero(last == NEVER)
-            if len(missing) < n:
-                search.spent += 1
-                insert("last plan", last, kernel.rollout(last, n, *stage), missing)
         search.start_score = search.score
         admit, score = search.best.copy(), search.score
         while self._options.search == "annealing" and (part := done()) < 1.0:
@@ -302,7 +294,7 @@ class AnnealingPolicy:
         return search
 
     def _portfolio(self, n: int, snapshot: Snapshot) -> list[tuple[str, Steps]]:
-        """Starts by name: each rule sending its first few now."""
+        """Starts by name: each rule sending its first few now, and the last plan."""
         candidates = snapshot.waiting[self._candidates.row[:n]]
         among = Snapshot(snapshot.now_s, candidates, snapshot.running, snapshot.limits, snapshot.model)
         starts = []
@@ -313,6 +305,7 @@ class AnnealingPolicy:
                     admit = np.full(n, NEVER, dtype=np.int64)
                     admit[order[:size]] = 0
                     starts.append((rule, admit))
+        starts.append(("last plan", self._last_plan(n, snapshot)))
         return starts
 
     def _last_plan(self, n: int, snapshot: Snapshot) -> Steps:
