@@ -271,8 +271,8 @@ class AnnealingPolicy:
         if self._options.search != "portfolio":
             admit, score = nothing.copy(), base_score
             for first in range(0, n, GREEDY_SLICE):
-                some = np.arange(first, min(first + GREEDY_SLICE, n))
-                score, spent = kernel.insert_greedily(admit, some, n, score, evaluations - search.spent, *stage)
+                next_few = np.arange(first, min(first + GREEDY_SLICE, n))
+                score, spent = kernel.insert_greedily(admit, next_few, n, score, evaluations - search.spent, *stage)
                 search.spent += spent
                 if done() >= 1.0:
                     break
