@@ -1,4 +1,5 @@
-"""What learning costs a server: per window, per step of the engine, per request. Microseconds, best of several runs.
+"""What learning costs a server: per window, per step of the engine, per request. Microseconds; each figure is that of
+the fastest of many short runs, between which other work on the machine may come.
 
 python tests/bench/bench_calibration.py
 """
@@ -15,7 +16,7 @@ from lmdeploy_slo.prediction.calibration_estimator import StepEstimator, Work
 from lmdeploy_slo.prediction.prefix import PrefixPredictor
 from lmdeploy_slo.testing.builders import A100, make_spec
 
-REPEATS, BATCH = 7, 128
+REPEATS, COUNT, BATCH = 100, 400, 128
 
 
 def best_us(count: int, run: Callable[[], None]) -> float:
@@ -41,7 +42,7 @@ def works(count: int) -> list[Work]:
 
 
 def update_us() -> float:
-    made = works(2000)
+    made = works(COUNT)
 
     def run() -> None:
         estimator = StepEstimator(A100)
@@ -53,7 +54,7 @@ def update_us() -> float:
 
 def step_us(learning: bool) -> float:
     """A pure decode step of a full batch, its share of a window's end included."""
-    steps = 4000
+    steps = COUNT
 
     def run() -> None:
         tokens = dict.fromkeys(range(BATCH), 1)
@@ -73,7 +74,7 @@ def step_us(learning: bool) -> float:
 
 def request_us() -> float:
     """Sent, first token, end: what is kept of a request."""
-    requests = 4000
+    requests = COUNT
 
     def run() -> None:
         calibration = Calibration(A100, EngineLimits(), progress=lambda handle: 1, learning=False, quiet=True)
@@ -89,7 +90,7 @@ def request_us() -> float:
 
 def prefix_us() -> tuple[float, float]:
     """(a forecast, learning from a request)."""
-    specs = [make_spec(str(n), conversation_id=f"c{n % 500}", task_type="chat") for n in range(4000)]
+    specs = [make_spec(str(n), conversation_id=f"c{n % 50}", task_type="chat") for n in range(COUNT)]
     prefixes = PrefixPredictor()
     for spec in specs:
         prefixes.observe(spec, 50, 0.0)
