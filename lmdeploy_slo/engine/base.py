@@ -136,12 +136,15 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """What an engine is doing now."""
+    """What an engine is doing now. gone: why it takes no more requests, None where it does. steps: a number that grows
+    while it works, also on what shows no token yet; None where it counts none."""
 
     in_flight: int
     active: int
     kv_tokens_used: int | None
     kv_usage: float | None  # 0..1
+    gone: str | None = None
+    steps: int | None = None
 
 
 class Engine(Protocol):

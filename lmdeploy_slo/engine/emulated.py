@@ -96,6 +96,7 @@ class EmulatedEngine:
         self._stalled_at_s: float | None = None
         self._released_at_s = -math.inf  # of the last stall
         self._gone: str | None = None  # why no more requests are taken
+        self._steps = 0
 
     # -- what callers may ask -------------------------------------------------
 
@@ -114,6 +115,8 @@ class EmulatedEngine:
             active=self._batch.active,
             kv_tokens_used=used,
             kv_usage=None if kv_tokens is None else used / kv_tokens,
+            gone=self._gone,
+            steps=self._steps,
         )
 
     def unsupported_fields(self, request: EngineRequest) -> Sequence[tuple[str, str]]:
@@ -319,6 +322,7 @@ class EmulatedEngine:
             self._batch.submit(sequence)
 
     def _end_step(self, now_s: float) -> None:
+        self._steps += 1
         events: list[EngineEvent] = []
         streams, ids, texts, cycle = self._streams, synthetic_text.TOKEN_IDS, synthetic_text.TEXTS, _CYCLE
         for sequence, last in self._batch.end_step():

@@ -221,7 +221,8 @@ class LmdeployEngine:
 
     def load(self) -> EngineLoad:
         if self._gone is not None or self._async_engine is None:
-            return EngineLoad(in_flight=len(self._live), active=0, kv_tokens_used=None, kv_usage=None)
+            gone = self._gone or "the engine is closed"
+            return EngineLoad(in_flight=len(self._live), active=0, kv_tokens_used=None, kv_usage=None, gone=gone)
         metrics = self.async_engine.engine.get_schedule_metrics()
         kv_tokens = self._info.limits.kv_tokens
         return EngineLoad(
@@ -229,6 +230,7 @@ class LmdeployEngine:
             active=metrics.active_seqs,
             kv_tokens_used=None if kv_tokens is None else round(metrics.cache_usage * kv_tokens),
             kv_usage=min(1.0, max(0.0, metrics.cache_usage)),
+            steps=metrics.scheduler_tick,
         )
 
     # -- health ---------------------------------------------------------------

@@ -121,6 +121,14 @@ class DecisionLog:
         if remember:
             self._remember_order(now_s)
 
+    def requeued(self, handle: int, now_s: float) -> None:
+        """A dispatched request lost its engine and waits again; that it was sent before is forgotten."""
+        story = self._by_handle[handle]
+        if story.left_at_s is not None:
+            self._pass_time(now_s)
+            story.left_at_s = story.number = None
+            story.full_s, story.held_s = self._full_s - story.full_s, self._held_s - story.held_s
+
     def ended(self, handle: int, status: EndStatus, reason: str, slo_met: bool | None, now_s: float) -> None:
         """An accepted request has ended."""
         story = self._by_handle.pop(handle)

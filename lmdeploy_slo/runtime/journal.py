@@ -83,6 +83,12 @@ class Journal:
         self._decisions.accepted(live.handle, live.spec, live.predicted, live.timing, self._clock.now_s())
 
     @_harmless
+    def requeued(self, live: Live) -> None:
+        """A request lost its engine before its first token, and waits again."""
+        self.counts.retried += 1
+        self._decisions.requeued(live.handle, self._clock.now_s())
+
+    @_harmless
     def planned(
         self,
         snapshot: Snapshot,

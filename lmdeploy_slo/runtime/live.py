@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from lmdeploy_slo.core.request import RequestSpec
+from lmdeploy_slo.core.request import FinishReason, RequestSpec
 from lmdeploy_slo.core.slo import Timing
 from lmdeploy_slo.engine.base import EngineRequest
-from lmdeploy_slo.runtime.stream import RequestStream
+from lmdeploy_slo.runtime.stream import Completion, RequestStream
 from lmdeploy_slo.scheduling.admission import Forecast
 from lmdeploy_slo.scheduling.limits import Ticket
 
@@ -18,7 +18,8 @@ class RuntimeOptions:
     """flush_interval_s: 0 to 60, see `runtime.stream`; 0: one token a delta. plan_gap_s: 0 to 1, see
     `runtime.plan_loop`. shed: refuse sheddable requests whose forecast breaks their SLO. instance: name
     of the engine instance, None for "<engine>-0". calibrate: what is believed of the engine is refined by what it is
-    seen to need; else that is only watched. explain_requests: >= 0, so many that have ended can be explained."""
+    seen to need; else that is only watched. explain_requests: >= 0, so many that have ended can be explained. hold_s:
+    >= 0, so long requests without a token wait for an engine that is being replaced."""
 
     flush_interval_s: float = 0.007
     plan_gap_s: float = 0.005
@@ -26,12 +27,15 @@ class RuntimeOptions:
     instance: str | None = None
     calibrate: bool = False
     explain_requests: int = 4096
+    hold_s: float = 30.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.flush_interval_s < 60:
             raise ValueError(f"flush_interval_s must be from 0 to 60 seconds, got {self.flush_interval_s}")
         if not 0 <= self.plan_gap_s <= 1:
             raise ValueError(f"plan_gap_s must be from 0 to 1 second, got {self.plan_gap_s}")
+        if not self.hold_s >= 0:
+            raise ValueError(f"hold_s must not be negative, got {self.hold_s}")
         if self.explain_requests < 0:
             raise ValueError(f"explain_requests must not be negative, got {self.explain_requests}")
 
@@ -55,4 +59,22 @@ class Live:
     queue_timer: asyncio.TimerHandle | None = None
     deadline_timer: asyncio.TimerHandle | None = None
     traceparent: str | None = None  # its caller's, W3C Trace Context
+    attempts: int = 0  # engines that took it
     ended: bool = False
+
+    def complete(self, reason: FinishReason, at_s: float, instance: str) -> Completion:
+        """How it went: it ran to its end, which became known at `at_s`."""
+        self.timing.output_tokens = self.output_tokens
+        self.timing.ended_at_s = at_s if self.last_token_at_s is None else self.last_token_at_s
+        return Completion(
+            request_id=self.spec.request_id,
+            finish_reason=reason,
+            prompt_tokens=self.spec.prompt_tokens,
+            cached_tokens=self.cached_tokens,
+            timing=self.timing,
+            slo=self.spec.slo,
+            slo_met=self.spec.slo.met_by(self.timing),
+            predicted=self.predicted,
+            rank=self.rank,
+            instance=instance,
+        )

@@ -51,6 +51,8 @@ class PlanLoop:
         self._report_progress = report_progress
         self._dispatch = dispatch
         self._stale = asyncio.Event()  # the last plan is
+        self._open = asyncio.Event()  # there is an engine to plan for
+        self._open.set()
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
@@ -59,6 +61,15 @@ class PlanLoop:
 
     def mark_stale(self) -> None:
         """Something has happened that a plan should know; cheap."""
+        self._stale.set()
+
+    def pause(self) -> None:
+        """Plans nothing until `resume`; a plan that is being made is not applied."""
+        self._open.clear()
+
+    def resume(self) -> None:
+        """Plans at once."""
+        self._open.set()
         self._stale.set()
 
     async def close(self) -> None:
@@ -74,6 +85,7 @@ class PlanLoop:
         next_at_s = -math.inf
         while True:
             await self._stale.wait()
+            await self._open.wait()
             wait_s = next_at_s - self._clock.now_s()
             if wait_s > 0:
                 await asyncio.sleep(wait_s)
@@ -95,6 +107,8 @@ class PlanLoop:
         self._report_progress()
         snapshot = self._scheduler.snapshot(self._clock.now_s())
         plan = await self._planner.plan(snapshot)
+        if not self._open.is_set():
+            return
         now_s = self._clock.now_s()
         dispatches = self._scheduler.apply(plan, now_s)
         self._journal.planned(snapshot, plan, dispatches, self._planner.statistics(), now_s)

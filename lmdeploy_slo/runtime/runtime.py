@@ -35,23 +35,22 @@ from lmdeploy_slo.errors import (
     Unattainable,
 )
 from lmdeploy_slo.runtime.decisions import DecisionLimits
+from lmdeploy_slo.runtime.expectation import Expectation
 from lmdeploy_slo.runtime.journal import Journal
 from lmdeploy_slo.runtime.learning import Learning
 from lmdeploy_slo.runtime.live import Live, RuntimeOptions
 from lmdeploy_slo.runtime.plan_loop import PlanLoop
 from lmdeploy_slo.runtime.planner import Planner
+from lmdeploy_slo.runtime.recovery import Recovery
 from lmdeploy_slo.runtime.start_order import StartOrder
 from lmdeploy_slo.runtime.statistics import RuntimeLoad
 from lmdeploy_slo.runtime.stream import Completion, Encoder, RequestStream
-from lmdeploy_slo.scheduling.admission import Forecast, Outlook, unmet_objectives
+from lmdeploy_slo.scheduling.admission import Forecast, unmet_objectives
 from lmdeploy_slo.scheduling.limits import Limiter, Ticket
 from lmdeploy_slo.scheduling.policy import Policy
 from lmdeploy_slo.scheduling.scheduler import Dispatch, Scheduler
 
 logger = logging.getLogger(__name__)
-
-OUTLOOK_S = 0.005
-"""For so long the forecasts of new requests are made from one snapshot and the requests that came since."""
 
 
 class Runtime:
@@ -99,11 +98,13 @@ class Runtime:
         self._in_engine: dict[str, Live] = {}
         self._leaving: set[str] = set()  # aborted in the engine, its last event still to come
         self._last_step_at_s = 0.0
-        self._started = self._draining = self._engine_lost = False
+        self._started = self._draining = False
         self._empty = asyncio.Event()
         self._empty.set()
-        self._outlook: Outlook | None = None
-        self._outlook_until_s = 0.0
+        self._expectation = Expectation(scheduler, clock, self._report_progress)
+        self.recovery = Recovery(
+            engine, self._plans, self.options.hold_s, fail_all=self._fail_all, changed=self._tell_serving_change
+        )
 
     # -- life -----------------------------------------------------------------
 
@@ -130,6 +131,7 @@ class Runtime:
         """Ends whatever is left with `Draining`, closes the engine and the worker thread. Idempotent."""
         self._draining = True
         self._end_all()
+        self.recovery.close()
         await self._plans.close()
         await self.engine.close()
         if self._own_executor is not None:
@@ -138,7 +140,7 @@ class Runtime:
     @property
     def serving(self) -> bool:
         """Whether a new request would be taken and the engine is not known to be gone."""
-        return self._started and not self._draining and not self._engine_lost
+        return self._started and not self._draining and self.recovery.up
 
     # -- requests -------------------------------------------------------------
 
@@ -146,7 +148,8 @@ class Runtime:
         """For a request that has come and is not read yet: a ticket for `submit`, or what is known to refuse it.
 
         queues: False where it is only asked about. Who gets a ticket hands it to `submit`, or has it leave. Raises
-        Draining, EngineUnavailable (not started), and what `Limiter.enter` does; nothing is counted then.
+        Draining, EngineUnavailable (not started, or being restarted), and what `Limiter.enter` does; nothing is counted
+        then.
         """
         self._check_open()
         return self.limiter.enter(client, self.clock.now_s(), priority_class, queues=queues)
@@ -202,8 +205,7 @@ class Runtime:
 
     def predict(self, spec: RequestSpec) -> Forecast:
         """What would happen to this request if it were submitted now (see `scheduling.admission`)."""
-        self._outlook = None
-        return self._expect(spec)[0]
+        return self._expectation.of(spec, afresh=True)
 
     def load(self) -> RuntimeLoad:
         queue, counts, oldest_at_s = self.scheduler.statistics(), self.journal.counts, self.scheduler.oldest_arrival_s()
@@ -224,6 +226,9 @@ class Runtime:
             last_plan=self.journal.last_plan,
             last_minute=self.journal.last_minute(),
             calibration=self.calibration.statistics(),
+            serving=self.serving,
+            engine_restarts=self.recovery.restarts,
+            retried=counts.retried,
         )
 
     def _check_open(self) -> None:
@@ -231,25 +236,25 @@ class Runtime:
             raise Draining("the server is shutting down")
         if not self._started:
             raise EngineUnavailable("the engine is not ready yet")
+        self.recovery.check()
 
     def _accept(self, spec: RequestSpec, request: EngineRequest, encode: Encoder | None, ticket: Ticket) -> Live:
         request_id = spec.request_id
         self._check_open()
         if request_id in self._live or request_id in self._leaving:
             raise RequestIdInUse(f"request_id {request_id!r} belongs to a request that has not ended")
-        expected, outlook = self._expect(spec)
+        expected = self._expectation.of(spec)
         if self.options.shed and spec.sheddable:
             unmet = unmet_objectives(spec.slo, expected)
             if unmet:
-                alone = Outlook.of_nobody(self.scheduler.limits, self.scheduler.model)
-                hopeless = unmet_objectives(spec.slo, alone.forecast(spec, expected.output_tokens))
+                hopeless = self._expectation.hopeless(spec, expected)
                 raise Unattainable("; ".join(unmet), None if hopeless else self.limiter.retry_after_s())
         ticket.queue(spec.prompt_tokens + math.ceil(expected.output_tokens), self.clock.now_s())
         try:
             handle = self.scheduler.add(spec)
         except QueueFull as full:
             raise QueueFull(str(full), self.limiter.retry_after_s()) from None
-        outlook.add(spec, expected.output_tokens, self.scheduler.expected_cached_tokens(spec))
+        self._expectation.add(spec, expected)
         interval_s = self.options.flush_interval_s
         stream = RequestStream(request_id, self.clock, interval_s, lambda error: self._leave(live, error), encode)
         live = Live(spec, request, handle, ticket, stream, Timing(spec.arrival_at_s), expected)
@@ -257,17 +262,6 @@ class Runtime:
         self.journal.accepted(live)
         self._empty.clear()
         return live
-
-    def _expect(self, spec: RequestSpec) -> tuple[Forecast, Outlook]:
-        """A forecast for a new request, and what it was made from: for some milliseconds later arrivals are added to
-        that rather than a snapshot taken for each."""
-        now_s = self.clock.now_s()
-        if self._outlook is None or now_s >= self._outlook_until_s:
-            self._report_progress()
-            self._outlook = Outlook(self.scheduler.snapshot(now_s))
-            self._outlook_until_s = now_s + OUTLOOK_S
-        cached_tokens = self.scheduler.expected_cached_tokens(spec)
-        return self._outlook.forecast(spec, self.scheduler.forecast(spec).tokens, cached_tokens), self._outlook
 
     # -- dispatch -------------------------------------------------------------
 
@@ -284,22 +278,42 @@ class Runtime:
         live.ticket.start(now_s)
         try:
             self.engine.submit(live.request, dispatch.rank)
+            live.attempts += 1
             self._learning.sent(live, now_s)
-            self._set_engine_lost(False)
+            self.recovery.seen(up=True)
         except InvalidRequest as refusal:
             self._end(live, EndStatus.REJECTED, refusal, in_engine=False)
         except EngineError as failure:
-            self._set_engine_lost(isinstance(failure, EngineUnavailable))
-            self._end(live, EndStatus.FAILED, failure, in_engine=False)
+            self._fail(live, failure)
         except Exception:
             logger.exception("the engine raised on submit of %s", request_id, extra={"request_id": request_id})
             self._end(live, EndStatus.FAILED, EngineError("the engine failed"), in_engine=False)
 
-    def _set_engine_lost(self, lost: bool) -> None:
-        if lost != self._engine_lost:
-            self._engine_lost = lost
-            if self.on_serving_change is not None:
-                self.on_serving_change()
+    def _fail(self, live: Live, error: EngineError) -> None:
+        """The engine failed it, and holds it no more: it waits again where it has shown nothing yet and an engine is to
+        come, with what is left of its queue timeout; else it ends."""
+        if isinstance(error, EngineUnavailable):
+            self.recovery.seen(up=False)
+            queue_timeout_s, now_s = live.spec.queue_timeout_s, self.clock.now_s()
+            left_s = math.inf if queue_timeout_s is None else live.spec.arrival_at_s + queue_timeout_s - now_s
+            if self.recovery.returning and live.timing.first_token_at_s is None and live.attempts <= 1 and left_s > 0:
+                self._requeue(live, left_s, now_s)
+                return
+        self._end(live, EndStatus.FAILED, error, in_engine=False)
+
+    def _requeue(self, live: Live, left_s: float, now_s: float) -> None:
+        del self._in_engine[live.spec.request_id]
+        self._learning.gone(live)
+        live.timing.dispatched_at_s, live.rank = None, -1
+        self.scheduler.requeue(live.handle)
+        live.ticket.wait_again(now_s)
+        if left_s < math.inf:
+            live.queue_timer = asyncio.get_running_loop().call_later(left_s, self._on_queue_timeout, live)
+        self.journal.requeued(live)
+
+    def _tell_serving_change(self) -> None:
+        if self.on_serving_change is not None:
+            self.on_serving_change()
 
     def _report_progress(self) -> None:
         """Tells the scheduler what was generated since it last looked; one call a request, not one a token."""
@@ -352,12 +366,13 @@ class Runtime:
 
     def _on_last_event(self, live: Live, event: EngineEvent, at_s: float) -> None:
         if event.error is not None:
-            self._end(live, EndStatus.FAILED, event.error, in_engine=False)
+            self._fail(live, event.error)
         elif event.end is None or event.end is FinishReason.ABORT:
             self._end(live, EndStatus.FAILED, EngineError("the engine ended it", "aborted"), in_engine=False)
         else:
             live.stream.push(event)
-            self._finish(live, event.end, at_s)
+            completion = live.complete(event.end, at_s, self.options.instance or f"{self.engine.info.name}-0")
+            self._end(live, EndStatus.FINISHED, completion, in_engine=False)
 
     def _on_stray_event(self, event: EngineEvent) -> None:
         """An event of a request that has ended here: its last one, or a token that nobody waits for."""
@@ -375,28 +390,15 @@ class Runtime:
 
     # -- the end --------------------------------------------------------------
 
-    def _finish(self, live: Live, reason: FinishReason, at_s: float) -> None:
-        timing = live.timing
-        timing.output_tokens = live.output_tokens
-        timing.ended_at_s = at_s if live.last_token_at_s is None else live.last_token_at_s
-        completion = Completion(
-            request_id=live.spec.request_id,
-            finish_reason=reason,
-            prompt_tokens=live.spec.prompt_tokens,
-            cached_tokens=live.cached_tokens,
-            timing=timing,
-            slo=live.spec.slo,
-            slo_met=live.spec.slo.met_by(timing),
-            predicted=live.predicted,
-            rank=live.rank,
-            instance=self.options.instance or f"{self.engine.info.name}-0",
-        )
-        self._end(live, EndStatus.FINISHED, completion, in_engine=False)
-
     def _leave(self, live: Live, error: RequestError) -> None:
         """The reader gave up."""
         timed_out = isinstance(error, DeadlineExceeded)
         self._end(live, EndStatus.TIMED_OUT if timed_out else EndStatus.CANCELLED, error)
+
+    def _fail_all(self, error: EngineUnavailable) -> None:
+        """There is no engine that holds anything."""
+        for live in list(self._live.values()):
+            self._end(live, EndStatus.FAILED, error, in_engine=False)
 
     def _end_all(self) -> None:
         for live in list(self._live.values()):

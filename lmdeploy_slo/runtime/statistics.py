@@ -18,6 +18,7 @@ from lmdeploy_slo.runtime.planner import PlannerStatistics
 class EndCounts:
     """Since the start. with_slo and slo_met leave out cancelled requests and those without an objective.
 
+    retried: started over because their engine was gone.
     refused: by the `reason` of the error. A request whose id is in use stands there alone: as far as anybody can tell
     it is the one that has that id already.
     """
@@ -26,6 +27,7 @@ class EndCounts:
     with_slo: int = 0
     slo_met: int = 0
     refused: Counter[str] = field(default_factory=Counter)
+    retried: int = 0
 
     def refuse(self, error: RequestError, with_slo: bool) -> None:
         """A request that was not accepted."""
@@ -47,7 +49,7 @@ class RuntimeLoad:
     """waiting: accepted, not in the engine. kv_usage: 0 to 1, None where the engine does not say. refused: as in
     EndCounts. max_in_flight: the cap. oldest_wait_s: since the arrival of whoever waits longest, None where nobody
     does. output_tokens: generated since the start. last_plan: None before the first. last_minute: how requests ended,
-    by task.
+    by task. serving: as of the runtime. engine_restarts: how often the engine was replaced. retried: as in EndCounts.
     """
 
     waiting: int
@@ -66,6 +68,9 @@ class RuntimeLoad:
     last_plan: AppliedPlan | None
     last_minute: Mapping[str, TaskCounts]
     calibration: CalibrationStatistics
+    serving: bool = True
+    engine_restarts: int = 0
+    retried: int = 0
 
     @property
     def price_s(self) -> float | None:

@@ -102,6 +102,11 @@ class Ticket:
         self.started = True
         self._limiter._stop_waiting(self, self._client, now_s)
 
+    def wait_again(self, now_s: float) -> None:
+        """The engine lost it: it waits once more, beyond any bound, and is not charged again."""
+        if self.open:
+            self._limiter._wait(self, self._client, self._charged, now_s)
+
     def leave(self, used_tokens: int, now_s: float) -> None:
         """It ended, or came no further; what it used counts only where it was started. Idempotent."""
         if self.open:
@@ -213,6 +218,9 @@ class Limiter:
             if client.tokens_left is None:
                 client.tokens_left, client.filled_at_s = policy.burst, now_s
             client.tokens_left -= tokens
+        self._wait(ticket, client, tokens, now_s)
+
+    def _wait(self, ticket: Ticket, client: _Client, tokens: int, now_s: float) -> None:
         if not self.queued_requests:
             self._queue_began_at_s = now_s
         self._waiting[ticket.priority_class][ticket] = (now_s, tokens)

@@ -5,6 +5,7 @@ into dispatches. A plan is a suggestion made on an old picture: whoever has left
 cap holds whatever the plan says.
 
     add -> (snapshot -> policy.plan -> apply)* -> on_tokens* -> finish | drop
+                                                  (requeue: once more from the start)
 """
 
 from __future__ import annotations
@@ -98,10 +99,8 @@ class Scheduler:
         handle = next(self._numbers)
         self._waiting.insert(self._row(handle, spec))
         self._specs[handle] = spec
-        if spec.conversation_id:
-            self._turns.setdefault(_conversation(spec), set()).add(handle)
+        self._start_waiting(handle, spec)
         self._prioritized += spec.priority != 0
-        self._waiting_prompt_tokens += spec.prompt_tokens
         self._added += 1
         return handle
 
@@ -115,6 +114,18 @@ class Scheduler:
         else:
             return False
         self._prioritized -= self._specs.pop(handle).priority != 0
+        return True
+
+    def requeue(self, handle: int) -> bool:
+        """A running request lost what was done for it and waits again, beyond the bound if need be; False where it
+        does not run."""
+        if handle not in self._running:
+            return False
+        row = self._running.remove(handle)
+        row["dispatched_at_s"] = row["first_token_at_s"] = math.nan
+        row["generated_tokens"] = 0.0
+        self._waiting.insert(row)
+        self._start_waiting(handle, self._specs[handle])
         return True
 
     def on_tokens(self, handle: int, count: int, at_s: float) -> None:
@@ -247,6 +258,11 @@ class Scheduler:
             return order
         priorities = [self._specs[h].priority if h in self._specs else 0 for h in order.tolist()]
         return order[np.argsort(priorities, kind="stable")]
+
+    def _start_waiting(self, handle: int, spec: RequestSpec) -> None:
+        self._waiting_prompt_tokens += spec.prompt_tokens
+        if spec.conversation_id:
+            self._turns.setdefault(_conversation(spec), set()).add(handle)
 
     def _stop_waiting(self, handle: int) -> None:
         spec = self._specs[handle]
