@@ -1,7 +1,7 @@
 """What learning costs a server: per window, per step of the engine, per request. Microseconds; each figure is that of
 the fastest of many short runs, between which other work on the machine may come.
 
-python tests/bench/bench_calibration.py
+    python tests/bench/bench_calibration.py
 """
 
 from __future__ import annotations
