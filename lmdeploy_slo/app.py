@@ -183,7 +183,12 @@ def build_runtime(
 ) -> Runtime:
     """Scheduler and policy on an engine, not started. policies: None for one policy for all, the configuration's."""
     options = config.scheduler
-    policy = make_policy(options.policy, seed=options.seed, budget=SearchBudget(time_s=options.plan_budget_ms / 1e3))
+    policy = make_policy(
+        options.policy,
+        seed=options.seed,
+        budget=SearchBudget(time_s=options.plan_budget_ms / 1e3),
+        patience=options.patience,
+    )
     info, profile = engine.info, load_profile(config.engine.profile)
     scheduler = Scheduler(
         limits=replace(info.limits, max_batch_size=info.limits.max_batch_size + info.look_ahead),

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from lmdeploy_slo.core.clients import ClientPolicy
+from lmdeploy_slo.core.plan import DEFAULT_PATIENCE
 from lmdeploy_slo.core.slo import Slo
 from lmdeploy_slo.core.snapshot import EngineLimits
 from lmdeploy_slo.engine.lmdeploy_options import Device
@@ -129,7 +130,8 @@ class EngineConfig(Section):
 class SchedulerConfig(Section):
     """How requests are ordered.
 
-    plan_budget_ms: wall time of one plan. max_queued_requests, queue_timeout_ms (of requests that name none): unset is
+    plan_budget_ms: wall time of one plan. patience: between the most SLOs met and the shortest of the longest waits; of
+    `annealing` alone, as in `scheduling.annealing.AnnealingOptions`. max_queued_requests, queue_timeout_ms (of requests that name none): unset is
     no bound. shed: refuse a sheddable request at once when its forecast breaks its SLO. calibrate: what is believed of
     the engine's speed and of its prefix cache is refined by what is seen of them.
     """
@@ -137,6 +139,7 @@ class SchedulerConfig(Section):
     policy: str = Field(default="annealing", min_length=1)
     seed: int = Field(default=0, ge=0, lt=2**63)
     plan_budget_ms: float = Field(default=2.0, gt=0, le=1000)
+    patience: float = Field(default=DEFAULT_PATIENCE, gt=0, le=1000)
     max_queued_requests: int | None = Field(default=None, ge=1)
     queue_timeout_ms: float | None = Field(default=None, gt=0, le=MAX_DURATION_MS)
     shed: bool = False

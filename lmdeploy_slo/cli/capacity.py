@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lmdeploy_slo.cli import simulation_options as options
+from lmdeploy_slo.core.plan import DEFAULT_PATIENCE
 from lmdeploy_slo.errors import ConfigError
 from lmdeploy_slo.offline.capacity import Capacity, Question, Vary, find_capacity
 from lmdeploy_slo.offline.experiment import Load
@@ -49,6 +50,7 @@ def capacity(
     planner_profile: options.PlannerProfile = None,
     planner_scale: options.PlannerScale = 1.0,
     plan_evaluations: options.PlanEvaluations = PLAN_EVALUATIONS,
+    patience: options.Patience = DEFAULT_PATIENCE,
     plan_latency_ms: options.PlanLatencyMs = PLAN_LATENCY_S * 1e3,
     jobs: options.Jobs = None,
     json_out: Annotated[
@@ -75,6 +77,7 @@ def capacity(
         instances=instances,
         prefix_cache_tokens=prefix_cache_tokens,
         plan_evaluations=plan_evaluations,
+        patience=patience,
         plan_latency_ms=plan_latency_ms,
     )
     check_writable([json_out])

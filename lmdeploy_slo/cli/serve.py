@@ -54,6 +54,11 @@ def serve(
         show_default="no-shed",
     ),
     plan_budget_ms: float | None = _option("scheduler.plan_budget_ms", "Wall time of one plan."),
+    patience: float | None = _option(
+        "scheduler.patience",
+        "Longest wait of requests whose SLO is lost, in terms of first come, first served; less serves them sooner, "
+        "and fewer SLOs are met.",
+    ),
     seed: int | None = _option("scheduler.seed", "Of the annealing, and of lengths the emulated engine makes up."),
     calibrate: bool | None = typer.Option(
         None,
@@ -145,6 +150,7 @@ def serve(
         "scheduler.shed": shed,
         "scheduler.calibrate": calibrate,
         "scheduler.plan_budget_ms": plan_budget_ms,
+        "scheduler.patience": patience,
         "scheduler.seed": seed,
         "stream.flush_interval_ms": flush_interval_ms,
         "server.default_max_new_tokens": default_max_new_tokens,

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lmdeploy_slo import __version__
 from lmdeploy_slo.cli import simulation_options as options
 from lmdeploy_slo.clock import MonotonicClock
+from lmdeploy_slo.core.plan import DEFAULT_PATIENCE
 from lmdeploy_slo.offline.experiment import Load, Outcome, run_once
 from lmdeploy_slo.offline.report import runs_table
 from lmdeploy_slo.offline.results import check_writable, write_requests, write_results
@@ -48,6 +49,7 @@ def simulate(
     planner_profile: options.PlannerProfile = None,
     planner_scale: options.PlannerScale = 1.0,
     plan_evaluations: options.PlanEvaluations = PLAN_EVALUATIONS,
+    patience: options.Patience = DEFAULT_PATIENCE,
     plan_latency_ms: options.PlanLatencyMs = PLAN_LATENCY_S * 1e3,
     calibrate: options.Calibrate = False,
     drift_at: options.DriftAt = None,
@@ -89,6 +91,7 @@ def simulate(
         instances=instances,
         prefix_cache_tokens=prefix_cache_tokens,
         plan_evaluations=plan_evaluations,
+        patience=patience,
         plan_latency_ms=plan_latency_ms,
         calibrate=calibrate,
         drift=options.read_drift(drift_at, drift_scale, told=drift_told),

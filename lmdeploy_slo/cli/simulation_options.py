@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lmdeploy_slo.cli.replay import find_traces
 from lmdeploy_slo.config import ENV_TRACES_DIR, Config, traces_dir
+from lmdeploy_slo.core.plan import DEFAULT_PATIENCE
 from lmdeploy_slo.core.snapshot import EngineLimits
 from lmdeploy_slo.errors import ConfigError
 from lmdeploy_slo.offline.experiment import Fleet
@@ -114,6 +115,14 @@ DriftTold = Annotated[
 PlanEvaluations = Annotated[
     int, typer.Option(metavar="N", min=1, help="Planning budget: plans scored in one search, at most.")
 ]
+Patience = Annotated[
+    float,
+    typer.Option(
+        metavar="X",
+        min=0.01,
+        help="Of annealing: the longest wait of requests whose SLO is lost, in terms of first come, first served.",
+    ),
+]
 PlanLatencyMs = Annotated[
     float, typer.Option(metavar="T", min=0.0, help="Virtual time from a snapshot to its plan being applied.")
 ]
@@ -137,6 +146,7 @@ def build_fleet(
     prefix_cache_tokens: int | None,
     plan_evaluations: int,
     plan_latency_ms: float,
+    patience: float = DEFAULT_PATIENCE,
     calibrate: bool = False,
     drift: Drift | None = None,
 ) -> Fleet:
@@ -153,6 +163,7 @@ def build_fleet(
         prefix_cache_tokens=prefix_cache_tokens,
         plan_evaluations=plan_evaluations,
         plan_latency_s=plan_latency_ms / 1e3,
+        patience=patience,
         calibrate=calibrate,
         drift=drift,
     )

@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+DEFAULT_PATIENCE = 2.0
+"""How long requests whose SLO is lost may be put off, in terms of the longest wait first come, first served would have
+caused of late: the knob between attainment and the longest waits; see `scheduling.annealing.AnnealingOptions`."""
+
 
 @dataclass(frozen=True, slots=True)
 class PlanQuality:
@@ -29,8 +33,8 @@ class Plan:
     order: handles, first to go first. May leave requests out (they stay, behind all others); must not repeat one.
     send_now: how many of `order` to dispatch at once; 0 <= send_now <= len(order).
     replan_after_s: ask again after this long even if nothing happens; None to wait for the next event.
-    costs: one entry for each of `order`: what sending it now is expected to cost all others, in requests met (the price
-    of its engine time, and whom it makes miss); nan: not known. None where the policy knows no costs. For explanations
+    costs: one entry for each of `order`: what sending it now is expected to cost all others, in requests met; for
+    `annealing` the price of its engine time; nan: not known. None where the policy knows no costs. For explanations
     alone.
     """
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from lmdeploy_slo.core.latency_model import StepModel
 from lmdeploy_slo.core.metrics import RequestRecord, summarize
+from lmdeploy_slo.core.plan import DEFAULT_PATIENCE
 from lmdeploy_slo.core.slo import Slo
 from lmdeploy_slo.core.snapshot import EngineLimits
 from lmdeploy_slo.offline.simulation.drift import Drift
@@ -38,7 +39,7 @@ class Fleet:
     """What serves it: `instances` engines that are alike.
 
     model: the engines' true coefficients; planner_model: what the planner believes. plan_evaluations: the planning
-    budget, >= 1; plan_latency_s: the time charged for a plan, >= 0. calibrate, drift: see `Simulator`.
+    budget, >= 1; patience: as for `make_policy`; plan_latency_s: the time charged for a plan, >= 0. calibrate, drift: see `Simulator`.
     """
 
     model: StepModel
@@ -47,6 +48,7 @@ class Fleet:
     instances: int = 1
     prefix_cache_tokens: int | None = None
     plan_evaluations: int = PLAN_EVALUATIONS
+    patience: float = DEFAULT_PATIENCE
     plan_latency_s: float = PLAN_LATENCY_S
     calibrate: bool = False
     drift: Drift | None = None
@@ -103,7 +105,7 @@ def run_once(
     def policy_of(instance: int) -> Policy:
         budget = SearchBudget(time_s=None, evaluations=fleet.plan_evaluations)
         if isinstance(policy, str):
-            return make_policy(policy, seed=seed + instance, budget=budget)
+            return make_policy(policy, seed=seed + instance, budget=budget, patience=fleet.patience)
         return policy(seed + instance, budget)
 
     simulator = Simulator(

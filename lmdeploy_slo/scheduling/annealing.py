@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmdeploy_slo.clock import Clock, MonotonicClock
-from lmdeploy_slo.core.plan import Plan, PlanQuality
+from lmdeploy_slo.core.plan import DEFAULT_PATIENCE, Plan, PlanQuality
 from lmdeploy_slo.core.snapshot import EngineLimits, Rows, Snapshot
 from lmdeploy_slo.scheduling import annealing_kernel as kernel
 from lmdeploy_slo.scheduling.annealing_arrays import (
@@ -83,7 +83,7 @@ class AnnealingOptions:
     rules alone; for comparisons.
     """
 
-    patience: float = 2.0
+    patience: float = DEFAULT_PATIENCE
     floor: float = 0.01
     max_candidates: int = 48
     length_spread: float = 0.8

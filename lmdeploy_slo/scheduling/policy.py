@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from lmdeploy_slo.core.plan import Plan
+from lmdeploy_slo.core.plan import DEFAULT_PATIENCE, Plan
 from lmdeploy_slo.core.snapshot import Snapshot
 from lmdeploy_slo.errors import ConfigError
 
@@ -59,19 +59,22 @@ PolicyFactory = Callable[[int, SearchBudget], Policy]
 
 def policy_names() -> list[str]:
     """Every name `make_policy` takes, the default first."""
-    return list(_factories())
+    return list(_factories(DEFAULT_PATIENCE))
 
 
-def make_policy(name: str, *, seed: int = 0, budget: SearchBudget | None = None) -> Policy:
-    """The policy called `name`; raises ConfigError, listing the names, for an unknown one."""
-    factories = _factories()
+def make_policy(
+    name: str, *, seed: int = 0, budget: SearchBudget | None = None, patience: float = DEFAULT_PATIENCE
+) -> Policy:
+    """The policy called `name`; raises ConfigError, listing the names, for an unknown one. patience: > 0, of
+    `annealing` alone: see its options."""
+    factories = _factories(patience)
     if name not in factories:
         raise ConfigError(f"policy: {name!r} is unknown; choose one of {', '.join(factories)}")
     return factories[name](seed, budget or SearchBudget())
 
 
-def _factories() -> dict[str, PolicyFactory]:
-    from lmdeploy_slo.scheduling.annealing import AnnealingPolicy
+def _factories(patience: float) -> dict[str, PolicyFactory]:
+    from lmdeploy_slo.scheduling.annealing import AnnealingOptions, AnnealingPolicy
     from lmdeploy_slo.scheduling.rules import RULES, RulePolicy
     from lmdeploy_slo.scheduling.slack_guard import SlackGuardPolicy
 
@@ -79,7 +82,9 @@ def _factories() -> dict[str, PolicyFactory]:
         return lambda seed, budget: RulePolicy(name, feasible_first=feasible_first)
 
     factories: dict[str, PolicyFactory] = {
-        "annealing": lambda seed, budget: AnnealingPolicy(seed=seed, budget=budget),
+        "annealing": lambda seed, budget: AnnealingPolicy(
+            seed=seed, budget=budget, options=AnnealingOptions(patience=patience)
+        ),
         "slack-guard": lambda seed, budget: SlackGuardPolicy(),
     }
     for name in RULES:
