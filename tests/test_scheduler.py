@@ -15,7 +15,7 @@ from lmdeploy_slo.core.plan import Plan
 from lmdeploy_slo.core.request import PriorityClass, RequestSpec
 from lmdeploy_slo.core.snapshot import ROW_DTYPE, EngineLimits, Rows, Snapshot
 from lmdeploy_slo.errors import QueueFull
-from lmdeploy_slo.prediction.length import LengthForecast, TaskLengthPredictor
+from lmdeploy_slo.prediction.length import TaskLengthPredictor
 from lmdeploy_slo.prediction.prefix import PrefixPredictor
 from lmdeploy_slo.scheduling.row_table import RowTable
 from lmdeploy_slo.scheduling.rules import RulePolicy
@@ -296,7 +296,8 @@ def test_a_smaller_priority_number_goes_before_the_plan() -> None:
 
 
 def test_the_forecast_is_the_predictors() -> None:
-    assert make_scheduler().forecast(make_spec(expected_output_tokens=12.0)) == LengthForecast(12.0, 0.3)
+    spec = make_spec(expected_output_tokens=12.0)
+    assert make_scheduler().forecast(spec) == TaskLengthPredictor().predict(spec)
 
 
 def test_the_handle_of_a_request_that_has_left_is_nobodys() -> None:

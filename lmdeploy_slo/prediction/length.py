@@ -1,89 +1,161 @@
-"""How many tokens a request will generate.
+"""How many tokens a request will generate: learnt online, as a distribution, from requests like it.
 
-A client's hint is taken at its word (capped by `max_new_tokens`). Without one, the forecast is the mean of the
-logarithm of what requests of the same (task, model) generated lately, starting from a stated prior.
+Without a hint a request is like those of its (task, model), and among them those of about its prompt length: contexts
+from all requests of the model down to prompts within 1 %, see `backoff`; how fine pays is learnt for each task. With a
+hint it is like other hints of its client, see `length_hints`, and the two answers are blended (in the logarithm,
+quantile by quantile), weighted by how either has been doing for this client and task. Before anything was seen a length
+is lognormal around `PRIOR_TOKENS`, and a hint is believed.
+
+Nothing exceeds `max_new_tokens`. An output that was cut there tells only that it would have been at least so long.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Protocol
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from lmdeploy_slo.core.request import RequestSpec
 from lmdeploy_slo.core.snapshot import Rows
+from lmdeploy_slo.prediction.backoff import JUDGED_AT, BackoffDistribution, Context, Floats, smooth_prior
+from lmdeploy_slo.prediction.experts import ExpertWeights, pinball_loss
+from lmdeploy_slo.prediction.length_forecast import LEVELS, LengthForecast, LengthPredictor, forecast_of
+from lmdeploy_slo.prediction.length_hints import HintModel
+from lmdeploy_slo.prediction.length_remaining import revise_lognormal
 
-HINT_SIGMA = 0.3
-"""Spread assumed of a client's hint: sigma of the logarithm of true / hint."""
+__all__ = ["LengthForecast", "LengthPredictor", "TaskLengthPredictor"]
 
 PRIOR_TOKENS = 128.0
 PRIOR_SIGMA = 1.0
-PRIOR_WEIGHT = 8.0
-"""What is believed of a task before anything of it was seen: a lognormal length, worth so many observations."""
+"""Of a model nothing is known of: median, and sigma of the logarithm. Answers of chat models run from a few tokens to
+about a thousand, and two sigmas either way are 17 to 950."""
 
-MEMORY = 500.0
-"""Observations after which an old one counts 1/e as much as a new one."""
+HINT_PRIOR = 0.98
+"""Weight of a hint of whose client nothing is known."""
 
+IGNORED_BELOW = 0.03
+"""An answer that weighs less is not asked for."""
 
-@dataclass(frozen=True, slots=True)
-class LengthForecast:
-    """tokens: predicted output length, >= 1. sigma: spread of its logarithm, >= 0."""
+TRUST_JUDGED_EVERY = 2
+MAX_CLIENTS = 4096
+LARGEST_TOKENS = 1 << 17
+BIN_WIDTH = 0.08
+"""Of the histograms of lengths, relative; never less than a token."""
 
-    tokens: float
-    sigma: float
-
-
-class LengthPredictor(Protocol):
-    """Forecasts output lengths and learns from those seen. Pure: equal histories give equal forecasts."""
-
-    def predict(self, spec: RequestSpec) -> LengthForecast: ...
-
-    def observe(self, spec: RequestSpec, output_tokens: int) -> None:
-        """A request of this spec generated `output_tokens` and ended by itself."""
-        ...
-
-    def revise(self, running: Rows) -> None:
-        """Raises `output_tokens` in place where a request has outlived its forecast."""
-        ...
-
-
-@dataclass(slots=True)
-class _LogMoments:
-    weight: float = PRIOR_WEIGHT
-    mean: float = math.log(PRIOR_TOKENS)
-    variance: float = PRIOR_SIGMA**2
-
-    def update(self, value: float) -> None:
-        self.weight = min(self.weight + 1.0, MEMORY)
-        delta = value - self.mean
-        self.mean += delta / self.weight
-        self.variance += (delta * (value - self.mean) - self.variance) / self.weight
+_LEVELS = np.array(LEVELS)
+_JUDGED = np.array([LEVELS.index(level) for level in JUDGED_AT])
 
 
 class TaskLengthPredictor:
-    """See the module. Memory grows with the number of (task, model) pairs only."""
+    """See the module. Memory is bounded whatever clients send."""
 
     def __init__(self) -> None:
-        self._by_task: dict[tuple[str, str], _LogMoments] = {}
+        support = _support()
+        prior = smooth_prior([math.log((end + 0.5) / PRIOR_TOKENS) / PRIOR_SIGMA for end in support.tolist()])
+        self._lengths = BackoffDistribution(support, prior, depth=6)
+        self._hints = HintModel()
+        self._trust: OrderedDict[tuple[str, str, str], ExpertWeights] = OrderedDict()  # (no hint, hint)
 
     def predict(self, spec: RequestSpec) -> LengthForecast:
         cap = float(spec.max_new_tokens)
-        if spec.expected_output_tokens is not None:
-            return LengthForecast(min(max(1.0, float(spec.expected_output_tokens)), cap), HINT_SIGMA)
-        moments = self._by_task.get((spec.task_type, spec.model), _LogMoments())
-        return LengthForecast(min(max(1.0, math.exp(moments.mean)), cap), math.sqrt(moments.variance))
+        tokens = np.ceil(np.minimum(self._quantiles(spec), cap) - 1e-6)
+        return forecast_of(np.maximum(tokens, 1.0).tolist())
 
     def observe(self, spec: RequestSpec, output_tokens: int) -> None:
-        key = (spec.task_type, spec.model)
-        if key not in self._by_task:
-            self._by_task[key] = _LogMoments()
-        self._by_task[key].update(math.log(max(1, output_tokens)))
+        length = float(max(1, output_tokens))
+        cut = output_tokens >= spec.max_new_tokens
+        hint = spec.expected_output_tokens
+        if hint is not None:
+            hint = max(1.0, float(hint))
+            trust = self._trust_in(_client(spec))
+            if not cut and trust.due(TRUST_JUDGED_EVERY):
+                trust.charge([_loss(self._by_prompt(spec), length), _loss(self._by_hint(spec, hint), length)])
+            self._hints.observe(spec, hint, length, at_least=cut)
+        path = _path(spec)
+        self._lengths.observe(path, path[1], length, at_least=cut)
 
     def revise(self, running: Rows) -> None:
-        generated = running["generated_tokens"]
-        outlived = generated >= running["output_tokens"]
-        # A lognormal forecast that was outlived: about half a sigma more of what there is.
-        longer = generated * (1.0 + 0.5 * running["length_sigma"]) + 1.0
-        running["output_tokens"] = np.where(outlived, longer, running["output_tokens"])
+        revise_lognormal(running)
+
+    def state(self) -> dict[str, Any]:
+        """All that was learnt, as JSON can hold it."""
+        trust = [[*key, weights.state()] for key, weights in self._trust.items()]
+        return {"lengths": self._lengths.state(), "hints": self._hints.ratios.state(), "trust": trust}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state` gave; raises ValueError, with nothing changed, for anything else."""
+        fresh = TaskLengthPredictor()
+        try:
+            fresh._lengths.restore(state["lengths"])
+            fresh._hints.ratios.restore(state["hints"])
+            for client, task, model, losses in state["trust"]:
+                fresh._trust_in((str(client), str(task), str(model))).restore(losses)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not what a length predictor learnt: {error!r}") from error
+        self._lengths, self._hints, self._trust = fresh._lengths, fresh._hints, fresh._trust
+
+    # -- inside ---------------------------------------------------------------
+
+    def _quantiles(self, spec: RequestSpec) -> Floats:
+        hint = spec.expected_output_tokens
+        if hint is None:
+            return self._by_prompt(spec)
+        hint = max(1.0, float(hint))
+        trust = self._trust.get(_client(spec))
+        weight = HINT_PRIOR if trust is None else trust.weights[1]
+        if weight < IGNORED_BELOW:
+            return self._by_prompt(spec)
+        if weight > 1.0 - IGNORED_BELOW:
+            return self._by_hint(spec, hint)
+        by_prompt, by_hint = np.maximum(self._by_prompt(spec), 0.5), np.maximum(self._by_hint(spec, hint), 0.5)
+        return np.asarray(by_prompt * (by_hint / by_prompt) ** weight)
+
+    def _by_prompt(self, spec: RequestSpec) -> Floats:
+        path = _path(spec)
+        return self._lengths.quantiles(path, path[1], _LEVELS)
+
+    def _by_hint(self, spec: RequestSpec, hint: float) -> Floats:
+        return self._hints.quantiles(spec, hint, _LEVELS)
+
+    def _trust_in(self, key: tuple[str, str, str]) -> ExpertWeights:
+        trust = self._trust.get(key)
+        if trust is None:
+            if len(self._trust) >= MAX_CLIENTS:
+                self._trust.popitem(last=False)
+            trust = self._trust[key] = ExpertWeights([1.0 - HINT_PRIOR, HINT_PRIOR])
+        else:
+            self._trust.move_to_end(key)
+        return trust
+
+
+def _client(spec: RequestSpec) -> tuple[str, str, str]:
+    return spec.fairness_id, spec.task_type, spec.model
+
+
+def _path(spec: RequestSpec) -> tuple[Context, ...]:
+    task, model = spec.task_type, spec.model
+    fine = int(64.0 * math.log2(spec.prompt_tokens))
+    return (
+        (model,),
+        (model, task),
+        (model, task, 1, fine >> 6),
+        (model, task, 4, fine >> 4),
+        (model, task, 16, fine >> 2),
+        (model, task, 64, fine),
+    )
+
+
+def _loss(quantiles: Floats, length: float) -> float:
+    judged = zip(quantiles[_JUDGED].tolist(), JUDGED_AT, strict=True)
+    return sum(pinball_loss(length - quantile, level) for quantile, level in judged)
+
+
+def _support() -> Floats:
+    """Lengths at the ends of the bins: 0, 1, 2 ... one by one at first, then `BIN_WIDTH` apart."""
+    ends = [0, 1]
+    while ends[-1] < LARGEST_TOKENS:
+        ends.append(max(ends[-1] + 1, round(ends[-1] * math.exp(BIN_WIDTH))))
+    return np.array(ends, dtype=np.float64)
