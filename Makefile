@@ -9,7 +9,7 @@ LMDEPLOY_BIN := .venv-lmdeploy/bin
 LMDEPLOY_READY := .venv-lmdeploy/.ready
 LMDEPLOY_NEEDS := tests/with_lmdeploy/requirements.txt
 
-.PHONY: demo test test-fast test-lmdeploy test-gpu lint format types proto wheel lock locked dependencies audit clean
+.PHONY: demo test test-fast test-lmdeploy test-gpu lint format types proto wheel lock locked dependencies audit clean bench-lengths
 
 # A generated workload, FCFS and annealing side by side.
 demo: $(READY)
@@ -29,6 +29,10 @@ test-lmdeploy: $(LMDEPLOY_READY)
 # TurboMind itself: needs a CUDA device, and an environment with `pip install -e '.[turbomind,dev]'`.
 test-gpu:
 	$(PYTHON) -m pytest tests/with_gpu
+
+# How well output lengths are foretold on recorded traces: make bench-lengths LMDEPLOY_SLO_TRACES=DIR
+bench-lengths: $(READY)
+	$(BIN)/python tests/bench/bench_lengths.py --traces $(LMDEPLOY_SLO_TRACES) --hindsight
 
 lint: $(READY)
 	$(BIN)/ruff check .
