@@ -9,7 +9,7 @@ LMDEPLOY_BIN := .venv-lmdeploy/bin
 LMDEPLOY_READY := .venv-lmdeploy/.ready
 LMDEPLOY_NEEDS := tests/with_lmdeploy/requirements.txt
 
-.PHONY: demo test test-fast test-lmdeploy test-gpu lint format types proto wheel lock locked dependencies audit clean bench-lengths
+.PHONY: demo test test-fast test-lmdeploy test-gpu bench-planner plot-planner lint format types proto wheel lock locked dependencies audit clean bench-lengths
 
 # A generated workload, FCFS and annealing side by side.
 demo: $(READY)
@@ -33,6 +33,15 @@ test-gpu:
 # How well output lengths are foretold on recorded traces: make bench-lengths LMDEPLOY_SLO_TRACES=DIR
 bench-lengths: $(READY)
 	$(BIN)/python tests/bench/bench_lengths.py --traces $(LMDEPLOY_SLO_TRACES) --hindsight
+
+# Annealing beside every rule, in the simulator, and the time of a plan; goes on where it was interrupted. For instance
+# make bench-planner BENCH="--quick --traces DIR"; tests/bench/bench_planner.py says what else there is.
+bench-planner: $(READY)
+	$(BIN)/python tests/bench/bench_planner.py $(BENCH)
+
+# The README's plot, from figures that bench-planner wrote.
+plot-planner: $(READY)
+	$(BIN)/python tests/bench/bench_planner_plot.py docs/results/planner.json docs/attainment.svg
 
 lint: $(READY)
 	$(BIN)/ruff check .
