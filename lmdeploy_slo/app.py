@@ -1,15 +1,12 @@
 """The one place that wires everything: configuration -> engine, policy, scheduler, runtime, gateway.
 
-`run` is the `serve` command; `serving` is the same server inside a program that has an event loop of its own.
+`serving` is a server inside a program that has an event loop of its own; `lifecycle` makes a process of it.
 """
 
 from __future__ import annotations
 
-import asyncio
-import gc
 import importlib.util
 import logging
-import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -20,16 +17,18 @@ from typing import Any
 
 from lmdeploy_slo import __version__
 from lmdeploy_slo.clock import Clock, MonotonicClock
-from lmdeploy_slo.config import Config, EngineKind, LogFormat, is_loopback
+from lmdeploy_slo.config import Config, EngineKind, is_loopback
 from lmdeploy_slo.core.clients import ClientPolicies
 from lmdeploy_slo.core.model_range import RangeWatch
 from lmdeploy_slo.core.request import ClientId
+from lmdeploy_slo.core.slo import Slo
 from lmdeploy_slo.core.snapshot import EngineLimits
 from lmdeploy_slo.engine.base import Engine
 from lmdeploy_slo.engine.emulated import EmulatedEngine
 from lmdeploy_slo.engine.lmdeploy import LmdeployEngine
 from lmdeploy_slo.engine.lmdeploy_options import LmdeployOptions
 from lmdeploy_slo.engine.prefill_limit import REFERENCE_BATCH, REFERENCE_CONTEXT, SMALLEST_LIMIT, prefill_token_limit
+from lmdeploy_slo.engine.supervised import SupervisedEngine, Supervision
 from lmdeploy_slo.errors import ConfigError, MissingExtra
 from lmdeploy_slo.frontend.gate import HttpAccess
 from lmdeploy_slo.frontend.openai_door import HttpServer, build_http_app
@@ -41,7 +40,6 @@ from lmdeploy_slo.gateway.server import Gateway
 from lmdeploy_slo.gateway.tls import TlsCredentials, TlsFiles
 from lmdeploy_slo.gateway.tokens import Tokens, read_tokens
 from lmdeploy_slo.gateway.watched import Watched
-from lmdeploy_slo.observability.logs import set_up_logs
 from lmdeploy_slo.observability.watch import Watch, WatchOptions
 from lmdeploy_slo.prediction.length import TaskLengthPredictor
 from lmdeploy_slo.prediction.prefix import PrefixPredictor
@@ -76,12 +74,14 @@ class Protection:
 @dataclass(frozen=True, slots=True)
 class Server:
     """A server that takes requests at `address` (host:port), and over HTTP at `http_address` where it is asked to;
-    likewise its metrics."""
+    likewise its metrics. task_slos, budget: may be changed while it serves, as `reload` does."""
 
     config: Config
     runtime: Runtime
     gateway: Gateway
     protection: Protection
+    task_slos: dict[str, Slo]
+    budget: SearchBudget
     address: str
     http_address: str | None = None
     metrics_address: str | None = None
@@ -120,6 +120,15 @@ def build_engine(config: Config, clock: Clock) -> Engine:
     )
 
 
+def supervise(config: Config, clock: Clock) -> SupervisedEngine:
+    """The same, replaced where it is gone; with LMDeploy's HTTP routes, which hold on to the one they were given, it
+    is not."""
+    options = config.engine
+    restarts = options.restarts if config.server.http_port is None else 0
+    supervision = Supervision(stall_timeout_s=options.stall_timeout_s, restarts=restarts)
+    return SupervisedEngine(partial(build_engine, config, clock), clock, supervision)
+
+
 def _build_lmdeploy(config: Config, clock: Clock) -> Engine:
     options = config.engine
     if importlib.util.find_spec("lmdeploy") is None:
@@ -136,6 +145,7 @@ def _build_lmdeploy(config: Config, clock: Clock) -> Engine:
             look_ahead=options.look_ahead,
             trust_remote_code=options.trust_remote_code,
             chat_template=options.chat_template,
+            stall_timeout_s=options.stall_timeout_s,
         ),
         clock,
     )
@@ -179,14 +189,19 @@ def build_protection(config: Config, clock: Clock) -> Protection:
 
 
 def build_runtime(
-    config: Config, engine: Engine, clock: Clock, policies: Callable[[], ClientPolicies] | None = None
+    config: Config,
+    engine: Engine,
+    clock: Clock,
+    policies: Callable[[], ClientPolicies] | None = None,
+    budget: SearchBudget | None = None,
 ) -> Runtime:
-    """Scheduler and policy on an engine, not started. policies: None for one policy for all, the configuration's."""
+    """Scheduler and policy on an engine, not started. policies: None for one policy for all, the configuration's.
+    budget: of plans, where it is to be changed later; None: the configuration's."""
     options = config.scheduler
     policy = make_policy(
         options.policy,
         seed=options.seed,
-        budget=SearchBudget(time_s=options.plan_budget_ms / 1e3),
+        budget=budget or _budget(config),
         patience=options.patience,
     )
     info, profile = engine.info, load_profile(config.engine.profile)
@@ -203,19 +218,26 @@ def build_runtime(
         shed=options.shed,
         calibrate=options.calibrate,
         explain_requests=config.observability.explain_requests,
+        hold_s=config.engine.restart_hold_s,
     )
-    limits = config.limits
-    limiter = Limiter(
-        Limits(
-            max_streams=limits.max_streams,
-            max_queued_requests=options.max_queued_requests,
-            max_queued_tokens=limits.max_queued_tokens,
-            max_wait_s=None if limits.max_wait_ms is None else limits.max_wait_ms / 1e3,
-            queue_share=limits.queue_share,
-        ),
-        policies or partial(ClientPolicies, limits.client_policy),
-    )
+    limiter = Limiter(limits_of(config), policies or partial(ClientPolicies, config.limits.client_policy))
     return Runtime(engine, scheduler, policy, clock, runtime_options, limiter=limiter)
+
+
+def _budget(config: Config) -> SearchBudget:
+    return SearchBudget(time_s=config.scheduler.plan_budget_ms / 1e3)
+
+
+def limits_of(config: Config) -> Limits:
+    """How much all clients together may have open and waiting."""
+    limits = config.limits
+    return Limits(
+        max_streams=limits.max_streams,
+        max_queued_requests=config.scheduler.max_queued_requests,
+        max_queued_tokens=limits.max_queued_tokens,
+        max_wait_s=None if limits.max_wait_ms is None else limits.max_wait_ms / 1e3,
+        queue_share=limits.queue_share,
+    )
 
 
 def _range_watch(profile: Profile, limits: EngineLimits) -> RangeWatch:
@@ -291,7 +313,8 @@ async def serving(config: Config, clock: Clock | None = None) -> AsyncIterator[S
     """
     clock = clock or MonotonicClock()
     protection = build_protection(config, clock)
-    runtime = build_runtime(config, build_engine(config, clock), clock, protection.policies)
+    budget, task_slos = _budget(config), {name: task.slo for name, task in config.tasks.items()}
+    runtime = build_runtime(config, supervise(config, clock), clock, protection.policies, budget)
     runtime.journal.know_tasks(config.tasks)
     gateway = Gateway(runtime, gateway_options(config), protection.security)
     watch = Watch(runtime, watch_options(config, runtime))
@@ -313,11 +336,13 @@ async def serving(config: Config, clock: Clock | None = None) -> AsyncIterator[S
         host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
         if config.server.http_port is not None:
             access = http_access(config, protection)
-            task_slos = {name: task.slo for name, task in config.tasks.items()}
             routes = build_http_app(runtime, task_slos=task_slos, access=access)
             http = HttpServer(routes, config.server.host, config.server.http_port, access.tls)
             http_address = f"{host}:{await http.start()}"
-        yield Server(config, runtime, gateway, protection, f"{host}:{port}", http_address, watch.metrics_address)
+        address = f"{host}:{port}"
+        yield Server(
+            config, runtime, gateway, protection, task_slos, budget, address, http_address, watch.metrics_address
+        )
     finally:
         await gateway.close()
         if http is not None:
@@ -326,59 +351,6 @@ async def serving(config: Config, clock: Clock | None = None) -> AsyncIterator[S
         await watch.close()
         if keeper is not None:
             await keeper.close()
-
-
-async def serve(config: Config, announce: Callable[[str], None]) -> None:
-    """Serves until SIGTERM or SIGINT, then lets requests end for `drain_grace_s`; a second signal ends them at once.
-
-    SIGHUP has certificates, tokens and client policies read again. `announce` is called with one line when requests are
-    taken. A signal before that is acted upon then.
-    """
-    loop = asyncio.get_running_loop()
-    asked = asyncio.Event()
-    insisted = asyncio.Event()
-
-    def on_signal() -> None:
-        (insisted if asked.is_set() else asked).set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal)
-    loop.add_signal_handler(signal.SIGHUP, logger.info, "nothing to read again yet")
-    missing = config.security.missing_for_strangers
-    if missing and not is_loopback(config.server.host):
-        logger.warning("insecure: others can reach %s, and there is no %s", config.server.host, ", no ".join(missing))
-    async with serving(config) as server:
-        loop.add_signal_handler(signal.SIGHUP, server.protection.reload)
-        # What is here by now stays: to walk through it again and again would stop all streams for 0.1 to 0.3 s a time.
-        gc.collect()
-        gc.freeze()
-        announce(f"lmdeploy_slo: serving on {server}")
-        await asked.wait()
-        logger.info("shutting down: requests may end for %g s", config.server.drain_grace_s)
-        draining = loop.create_task(server.gateway.drain(config.server.drain_grace_s))
-        insisting = loop.create_task(insisted.wait())
-        await asyncio.wait((draining, insisting), return_when=asyncio.FIRST_COMPLETED)
-        if not draining.done():
-            logger.info("second signal: ending the requests that are left")
-            await server.runtime.drain(0)
-        insisting.cancel()
-        await draining
-
-
-def run(config: Config, announce: Callable[[str], None]) -> None:
-    """`serve` on an event loop of its own (uvloop where there is one), with logs on stderr."""
-    logs = config.observability
-    set_up_logs(
-        as_json=logs.log_format is LogFormat.JSON,
-        level=getattr(logging, logs.log_level.name),
-        content=logs.log_content,
-    )
-    if sys.platform == "win32":
-        asyncio.run(serve(config, announce))
-    else:
-        import uvloop
-
-        uvloop.run(serve(config, announce))
 
 
 def _versions() -> dict[str, str]:

@@ -3,8 +3,8 @@
     [server]          host, port, http_port, health_port, drain_grace_s, default_max_new_tokens, max_message_bytes,
                       state_dir
     [engine]          kind, model, profile, max_batch_size, max_prefill_tokens, prefill_for_tpot_ms, kv_tokens,
-                      max_session_tokens; of LMDeploy alone: device, patched, look_ahead, chat_template,
-                      trust_remote_code
+                      max_session_tokens, stall_timeout_s, restarts, restart_hold_s; of LMDeploy alone: device,
+                      patched, look_ahead, chat_template, trust_remote_code
     [engine.turbomind]  further fields of LMDeploy's TurbomindEngineConfig, by its names
     [scheduler]       policy, seed, plan_budget_ms, patience, max_queued_requests, queue_timeout_ms, shed, calibrate
     [stream]          flush_interval_ms

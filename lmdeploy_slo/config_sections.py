@@ -92,6 +92,8 @@ class EngineConfig(Section):
     prefill_for_tpot_ms: lowers max_prefill_tokens so far that this TPOT holds, as `engine.prefill_limit` says; set it
     to the tightest one that is promised.
     device, patched, look_ahead, chat_template, trust_remote_code, turbomind: as in `engine.lmdeploy_options`.
+    stall_timeout_s: an engine that has work and makes no progress for so long is gone. restarts: so often in a row it
+    is started anew, then the process ends. restart_hold_s: so long requests without a token wait for that.
     """
 
     kind: Annotated[EngineKind, BeforeValidator(_choice_of(EngineKind))] | None = None
@@ -108,6 +110,9 @@ class EngineConfig(Section):
     chat_template: str | None = Field(default=None, min_length=1)
     trust_remote_code: bool = False
     turbomind: dict[str, Any] = Field(default_factory=dict)
+    stall_timeout_s: float = Field(default=120.0, gt=0, le=86_400)
+    restarts: int = Field(default=3, ge=0, le=1000)
+    restart_hold_s: float = Field(default=30.0, ge=0, le=86_400)
 
     @property
     def effective_kind(self) -> EngineKind:

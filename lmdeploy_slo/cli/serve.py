@@ -121,6 +121,10 @@ def serve(
     ),
     state_dir: str | None = _option("server.state_dir", "Folder where what was learnt is kept over a restart."),
     drain_grace_s: float | None = _option("server.drain_grace_s", "How long a shutdown waits for running requests."),
+    stall_timeout_s: float | None = _option(
+        "engine.stall_timeout_s", "An engine that has work and makes no progress for so long is started anew."
+    ),
+    restarts: int | None = _option("engine.restarts", "How often in a row, before the server ends with status 3."),
     config: Path | None = typer.Option(
         None, help="TOML file; environment variables and flags overrule it.", show_default=False
     ),
@@ -128,7 +132,8 @@ def serve(
 ) -> None:
     """Serve MODEL with LMDeploy, or the emulated engine, over gRPC.
 
-    One line on stdout tells the address when requests are taken. SIGTERM and SIGINT let requests end, then exit.
+    One line on stdout tells the address when requests are taken. SIGTERM and SIGINT let requests end, then exit; a
+    second one does not wait. SIGHUP reads the configuration again. Status 3: the engine is lost.
     """
     flags: dict[str, Any] = {
         "engine.model": model,
@@ -144,6 +149,8 @@ def serve(
         "engine.look_ahead": look_ahead,
         "engine.chat_template": chat_template,
         "engine.trust_remote_code": trust_remote_code or None,
+        "engine.stall_timeout_s": stall_timeout_s,
+        "engine.restarts": restarts,
         "scheduler.policy": policy,
         "scheduler.max_queued_requests": max_queued_requests,
         "scheduler.queue_timeout_ms": queue_timeout_ms,
@@ -183,12 +190,19 @@ def serve(
         if not equals or not key.isidentifier():
             raise ConfigError(f"--turbomind {field}: KEY=VALUE is expected")
         flags[f"engine.turbomind.{key}"] = toml_value(value)
-    effective = load(config, flags=flags)
 
-    from lmdeploy_slo import app  # grpc, numba and the engines: only now
+    def read() -> Config:
+        """Also when the server is told to read its configuration again."""
+        from lmdeploy_slo import app  # grpc, numba and the engines: only now
 
-    app.check(effective)
+        effective = load(config, flags=flags)
+        app.check(effective)
+        return effective
+
+    effective = read()
     if print_config:
         typer.echo(effective.to_toml(), nl=False)
     else:
-        app.run(effective, announce=typer.echo)
+        from lmdeploy_slo import lifecycle
+
+        raise typer.Exit(lifecycle.run(effective, announce=typer.echo, read=read))

@@ -17,6 +17,7 @@ from typing import Any
 
 from lmdeploy_slo.core.slo import NO_SLO, Slo
 from lmdeploy_slo.engine.lmdeploy import LmdeployEngine
+from lmdeploy_slo.engine.supervised import SupervisedEngine
 from lmdeploy_slo.errors import ConfigError, InvalidRequest
 from lmdeploy_slo.frontend.gate import Gate, HttpAccess
 from lmdeploy_slo.frontend.scheduled_engine import ScheduledEngine
@@ -48,7 +49,7 @@ def build_http_app(
     from lmdeploy.serve.openai.endpoints import create_openai_router
     from lmdeploy.serve.openai.responses import create_responses_router
 
-    engine = runtime.engine
+    engine = runtime.engine.inner if isinstance(runtime.engine, SupervisedEngine) else runtime.engine
     if not isinstance(engine, LmdeployEngine):
         raise ConfigError("http_port: only LMDeploy serves HTTP; the emulated engine has gRPC")
     options, plain = engine.options, engine.async_engine

@@ -1,6 +1,6 @@
 """The gRPC server: the service, health and reflection on one port, and an orderly end.
 
-Health is NOT_SERVING from the request on that found the engine gone, until one finds it back.
+Health is NOT_SERVING from the instant on at which the engine is known to be gone, until it is back.
 
 Draining, in this order: health says NOT_SERVING, new requests are refused with UNAVAILABLE (DRAINING), those here run
 to their end, those still here after the grace get UNAVAILABLE, and the port closes when the last byte is out.
@@ -30,8 +30,12 @@ FLUSH_S = 1.0
 LIVENESS = "liveness"
 """A service whose health is SERVING as long as there is somebody to say so, also while draining."""
 
-KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS = 60_000, 20_000
-MIN_CLIENT_PING_MS = 10_000
+KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS = 30_000, 20_000
+"""Shorter than what proxies and address translation commonly let an idle connection live, 60 s and more."""
+
+MIN_CLIENT_PING_MS = 5_000
+"""Clients may ping every 10 s while nothing else moves, as in a long prefill. What reaches us has gone through networks
+and proxies, and pings that bunch up on the way must not count as an attack."""
 
 
 class Gateway:
@@ -45,6 +49,7 @@ class Gateway:
         self._options = options or GatewayOptions()
         self._security = security or Security()
         self._health = health.aio.HealthServicer()
+        self._service: InferenceService | None = None
         self._server: grpc.aio.Server | None = None
         self._probed: grpc.aio.Server | None = None
         self._telling: asyncio.Task[None] | None = None  # kept from the garbage collector
@@ -79,7 +84,8 @@ class Gateway:
             ]
         )
         security = self._security
-        server.add_generic_rpc_handlers((InferenceService(self._runtime, self._options, security).handlers(),))
+        self._service = InferenceService(self._runtime, self._options, security)
+        server.add_generic_rpc_handlers((self._service.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)  # open to all: probes hold no token
         if security.reflection:
             names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -90,6 +96,12 @@ class Gateway:
         self._runtime.on_serving_change = self._on_serving_change
         await self._tell_health(serving=self._runtime.serving)
         return bound
+
+    def configure(self, options: GatewayOptions) -> None:
+        """For requests that come from now on; the longest message taken stays as it is."""
+        self._options = options
+        if self._service is not None:
+            self._service.configure(options)
 
     async def drain(self, grace_s: float) -> None:
         """See the module; returns when the port is closed."""

@@ -75,6 +75,10 @@ class InferenceService:
         self._encode = encoding.EventEncoder().encode
         self._ready_at_s = runtime.clock.now_s()
 
+    def configure(self, options: GatewayOptions) -> None:
+        """For requests that come from now on."""
+        self._options = options
+
     def handlers(self) -> grpc.GenericRpcHandler:
         """What a server registers."""
         unary: dict[str, _Rpc] = {

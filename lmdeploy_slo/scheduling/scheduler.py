@@ -75,7 +75,7 @@ class Scheduler:
         self.model = model
         self.lengths = lengths
         self.prefixes = prefixes
-        self._max_queued = max_queued_requests
+        self.max_queued_requests = max_queued_requests  # may be changed, and holds for the next request
         self._range_watch = range_watch
         self._numbers = itertools.count(1)
         self._waiting = RowTable()
@@ -91,9 +91,9 @@ class Scheduler:
 
     def add(self, spec: RequestSpec) -> int:
         """Queues a request and returns its handle; raises QueueFull at the bound."""
-        if self._max_queued is not None and len(self._waiting) >= self._max_queued:
+        if self.max_queued_requests is not None and len(self._waiting) >= self.max_queued_requests:
             self._refused += 1
-            raise QueueFull(f"{len(self._waiting)} requests are waiting, the limit is {self._max_queued}")
+            raise QueueFull(f"{len(self._waiting)} requests are waiting, the limit is {self.max_queued_requests}")
         if self._range_watch is not None:
             self._range_watch.note(prompt_tokens=spec.prompt_tokens)
         handle = next(self._numbers)

@@ -91,7 +91,7 @@ def serve_lmdeploy(model: str, step_s: float) -> None:
 
 
 def serve_ours(model: str, step_s: float) -> None:
-    from lmdeploy_slo import app
+    from lmdeploy_slo import lifecycle
     from lmdeploy_slo.config import load
     from lmdeploy_slo.engine.cpu_standin.native import PACE
 
@@ -103,7 +103,7 @@ def serve_ours(model: str, step_s: float) -> None:
         "server.port": int(os.environ["BENCH_PORT"]),
         "stream.flush_interval_ms": 0.0,
     }
-    app.run(load(flags=flags, environ={}), print)
+    lifecycle.run(load(flags=flags, environ={}), print)
 
 
 @contextlib.contextmanager
