@@ -40,6 +40,23 @@ def test_the_prompt_is_prefilled_before_the_first_token() -> None:
     assert expected.tpot_s is None
 
 
+def test_what_is_cached_is_not_prefilled_and_yet_read() -> None:
+    """1,000 tokens of which 600 are cached: 400 are computed behind them, and all are read in each step."""
+    model = StepModel(STEP_S, 1e-4, 1e-8, 0.0, 1e-6)
+    outlook = Outlook(make_snapshot(model=model))
+    spec = make_spec(prompt_tokens=1000)
+    cached = outlook.forecast(spec, 3, 600)
+    step_s = STEP_S + 1e-6 * (1000 + 1.5)
+    assert cached.ttft_s == pytest.approx(step_s + 400e-4 + 1e-8 * (1000**2 - 600**2))
+    assert cached.tpot_s == pytest.approx(step_s)
+    outlook.add(spec, 3, 600)
+    behind = outlook.forecast(make_spec(prompt_tokens=1), 3)
+    other = Outlook(
+        make_snapshot([{"prompt_tokens": 400.0, "cached_tokens": 600.0, "output_tokens": 3.0}], model=model)
+    )
+    assert behind == other.forecast(make_spec(prompt_tokens=1), 3)
+
+
 def test_a_running_request_without_a_token_prefills_first() -> None:
     model = StepModel(STEP_S, 1e-4, 0.0, 0.0, 0.0)
     snapshot = make_snapshot(

@@ -48,6 +48,9 @@ def test_the_stall_of_a_prompt_does_not_depend_on_its_chunks(model: StepModel, c
         stall_s += model.step_s(tokens, tokens * (tokens + 2 * context), 0, 0) - model.c0
         context += tokens
     assert model.prefill_stall_s(sum(chunks)) == pytest.approx(stall_s, rel=1e-6, abs=1e-9)
+    first, *others = chunks
+    behind_s = model.prefill_stall_s(first) + model.prefill_stall_s(sum(others), first)
+    assert behind_s == pytest.approx(stall_s, rel=1e-6, abs=1e-9)
 
 
 @given(step_models, st.floats(0.01, 100))

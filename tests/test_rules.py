@@ -29,10 +29,16 @@ waiting_rows = st.fixed_dictionaries(
         "ttft_s": objectives,
         "tpot_s": objectives,
         "e2e_s": objectives,
+        "cached_tokens": st.just(0.0) | st.floats(1, 8000),
     }
 )
 running_rows = st.fixed_dictionaries(
-    {"prompt_tokens": st.floats(1, 8000), "output_tokens": st.floats(1, 2000), "generated_tokens": st.integers(0, 500)}
+    {
+        "prompt_tokens": st.floats(1, 8000),
+        "output_tokens": st.floats(1, 2000),
+        "generated_tokens": st.integers(0, 500),
+        "cached_tokens": st.just(0.0) | st.floats(1, 8000),
+    }
 )
 
 
@@ -50,11 +56,13 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
 
 
 def prefill_s(row: Row) -> float:
-    return A100.p1 * row["prompt_tokens"] + A100.p2 * row["prompt_tokens"] ** 2
+    cached, whole = row["cached_tokens"], row["prompt_tokens"] + row["cached_tokens"]
+    return A100.p1 * (whole - cached) + A100.p2 * (whole**2 - cached**2)
 
 
 def decode_step_s(snapshot: Snapshot) -> float:
-    contexts = [r["prompt_tokens"] + r["generated_tokens"] for r in snapshot.running if r["generated_tokens"] > 0]
+    decoding = [r for r in snapshot.running if r["generated_tokens"] > 0]
+    contexts = [r["prompt_tokens"] + r["cached_tokens"] + r["generated_tokens"] for r in decoding]
     return A100.c0 + A100.d1 * max(1, len(contexts)) + A100.d2 * sum(contexts)
 
 
@@ -63,7 +71,7 @@ def wall_time_s(row: Row, snapshot: Snapshot) -> float:
 
 
 def engine_time_s(row: Row) -> float:
-    context = row["prompt_tokens"] + row["output_tokens"] / 2
+    context = row["prompt_tokens"] + row["cached_tokens"] + row["output_tokens"] / 2
     return prefill_s(row) + row["output_tokens"] * (A100.d1 + A100.d2 * context + A100.c0 / 64)
 
 

@@ -59,9 +59,10 @@ class StepModel:
         growth = 0.5 * batch_size * steps * (steps - 1)
         return steps * (self.c0 + self.d1 * batch_size) + self.d2 * (steps * context_tokens + growth)
 
-    def prefill_stall_s(self, prompt_tokens: float) -> float:
-        """What one prompt adds to the step (or steps) it is prefilled in; the sum telescopes over chunks."""
-        return self.p1 * prompt_tokens + self.p2 * prompt_tokens * prompt_tokens
+    def prefill_stall_s(self, prompt_tokens: float, cached_tokens: float = 0.0) -> float:
+        """What `prompt_tokens` behind `cached_tokens` of the same prompt add to the step (or steps) they are prefilled
+        in; the sum telescopes over chunks."""
+        return self.p1 * prompt_tokens + self.p2 * prompt_tokens * (prompt_tokens + 2 * cached_tokens)
 
     def scaled(self, factor: float) -> StepModel:
         """The same engine, `factor` (> 0) times as slow."""

@@ -88,7 +88,7 @@ class Outlook:
         self._ahead_requests[spec.priority_class] += 1
         self._ahead_output_tokens[spec.priority_class] += output_tokens
         self._context_tokens += spec.prompt_tokens + output_tokens / 2
-        self._waiting_prefill_s += self._model.prefill_stall_s(spec.prompt_tokens - cached_tokens)
+        self._waiting_prefill_s += self._model.prefill_stall_s(spec.prompt_tokens - cached_tokens, cached_tokens)
 
     def forecast(self, spec: RequestSpec, output_tokens: float, cached_tokens: float = 0.0) -> Forecast:
         """The model above for a request that arrives now and was not added."""
@@ -106,7 +106,12 @@ class Outlook:
             step_s += self._waiting_prefill_s / waiting * batch / max(1.0, mean_output_tokens)
 
         queue_s = self._start_steps(ahead, sum(self._ahead_output_tokens[spec.priority_class :])) * step_s
-        ttft_s = queue_s + self._prefill_first_s + model.prefill_stall_s(spec.prompt_tokens - cached_tokens) + decode_s
+        ttft_s = (
+            queue_s
+            + self._prefill_first_s
+            + model.prefill_stall_s(spec.prompt_tokens - cached_tokens, cached_tokens)
+            + decode_s
+        )
         return Forecast(
             output_tokens=output_tokens,
             queue_position=ahead,

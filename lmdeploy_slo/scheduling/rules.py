@@ -33,7 +33,7 @@ Column = npt.NDArray[Any]
 def prefill_s(rows: Rows, model: StepModel) -> Column:
     """Predicted stall of each prompt's prefill, seconds."""
     prompt = rows["prompt_tokens"]
-    return np.asarray(model.p1 * prompt + model.p2 * prompt * prompt)
+    return np.asarray(model.p1 * prompt + model.p2 * prompt * (prompt + 2 * rows["cached_tokens"]))
 
 
 def engine_time_s(rows: Rows, model: StepModel, batch_size: float = REFERENCE_BATCH) -> Column:

@@ -155,8 +155,8 @@ class Instance:
             self._record(request, timing, now_s, EndStatus.FAILED, None)  # as a server does: it could never run
             return
         handle = scheduler.add(spec)
-        prompt_tokens = spec.prompt_tokens - scheduler.expected_cached_tokens(spec)
-        work_s = _engine_time_s(scheduler.model, prompt_tokens, forecast.tokens)
+        cached_tokens = scheduler.expected_cached_tokens(spec)
+        work_s = _engine_time_s(scheduler.model, spec.prompt_tokens - cached_tokens, cached_tokens, forecast.tokens)
         self._flights[handle] = _Flight(request, handle, timing, forecast.tokens, work_s)
         self.outstanding_s += work_s
         self._waiting += 1
@@ -402,7 +402,8 @@ class Instance:
         )
 
 
-def _engine_time_s(model: StepModel, prompt_tokens: float, output_tokens: float) -> float:
+def _engine_time_s(model: StepModel, prompt_tokens: float, cached_tokens: float, output_tokens: float) -> float:
     """The key of the rule `swf` for one request."""
-    per_token = model.d1 + model.d2 * (prompt_tokens + output_tokens / 2) + model.c0 / REFERENCE_BATCH
-    return model.prefill_stall_s(prompt_tokens) + output_tokens * per_token
+    context = prompt_tokens + cached_tokens + output_tokens / 2
+    per_token = model.d1 + model.d2 * context + model.c0 / REFERENCE_BATCH
+    return model.prefill_stall_s(prompt_tokens, cached_tokens) + output_tokens * per_token
