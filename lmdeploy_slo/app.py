@@ -21,7 +21,7 @@ from lmdeploy_slo.config import Config, EngineKind, is_loopback
 from lmdeploy_slo.core.clients import ClientPolicies
 from lmdeploy_slo.core.model_range import RangeWatch
 from lmdeploy_slo.core.request import ClientId
-from lmdeploy_slo.core.slo import Slo
+from lmdeploy_slo.core.slo import Slo, seconds_of
 from lmdeploy_slo.core.snapshot import EngineLimits
 from lmdeploy_slo.engine.base import Engine
 from lmdeploy_slo.engine.emulated import EmulatedEngine
@@ -235,7 +235,7 @@ def limits_of(config: Config) -> Limits:
         max_streams=limits.max_streams,
         max_queued_requests=config.scheduler.max_queued_requests,
         max_queued_tokens=limits.max_queued_tokens,
-        max_wait_s=None if limits.max_wait_ms is None else limits.max_wait_ms / 1e3,
+        max_wait_s=None if limits.max_wait_ms is None else seconds_of(limits.max_wait_ms),
         queue_share=limits.queue_share,
     )
 
@@ -269,7 +269,7 @@ def gateway_options(config: Config) -> GatewayOptions:
     timeout_ms = config.scheduler.queue_timeout_ms
     return GatewayOptions(
         default_max_new_tokens=config.server.default_max_new_tokens,
-        default_queue_timeout_s=None if timeout_ms is None else timeout_ms / 1e3,
+        default_queue_timeout_s=None if timeout_ms is None else seconds_of(timeout_ms),
         task_slos={name: task.slo for name, task in config.tasks.items()},
         max_queued_requests=config.scheduler.max_queued_requests,
         max_message_bytes=config.server.max_message_bytes,

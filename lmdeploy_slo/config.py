@@ -198,7 +198,7 @@ def _read_file(file: Path, layers: _Layers) -> None:
         document = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror or error}") from error
-    except ValueError as error:  # not TOML, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, or nested too deeply
         raise ConfigError(f"{file}: not TOML: {error}") from error
     for section, keys in document.items():
         if isinstance(keys, dict):

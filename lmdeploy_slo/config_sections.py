@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from lmdeploy_slo.core.clients import ClientPolicy
 from lmdeploy_slo.core.plan import DEFAULT_PATIENCE
-from lmdeploy_slo.core.slo import Slo
+from lmdeploy_slo.core.slo import Slo, seconds_of
 from lmdeploy_slo.core.snapshot import EngineLimits
 from lmdeploy_slo.engine.lmdeploy_options import Device
 
@@ -114,6 +115,14 @@ class EngineConfig(Section):
     restarts: int = Field(default=3, ge=0, le=1000)
     restart_hold_s: float = Field(default=30.0, ge=0, le=86_400)
 
+    @field_validator("turbomind")
+    @classmethod
+    def _finite(cls, options: dict[str, Any]) -> dict[str, Any]:
+        for name, value in options.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number")
+        return options
+
     @property
     def effective_kind(self) -> EngineKind:
         return self.kind or (EngineKind.LMDEPLOY if self.model else EngineKind.EMULATED)
@@ -136,9 +145,9 @@ class SchedulerConfig(Section):
     """How requests are ordered.
 
     plan_budget_ms: wall time of one plan. patience: between the most SLOs met and the shortest of the longest waits; of
-    `annealing` alone, as in `scheduling.annealing.AnnealingOptions`. max_queued_requests, queue_timeout_ms (of requests that name none): unset is
-    no bound. shed: refuse a sheddable request at once when its forecast breaks its SLO. calibrate: what is believed of
-    the engine's speed and of its prefix cache is refined by what is seen of them.
+    `annealing` alone, as in `scheduling.annealing.AnnealingOptions`. max_queued_requests, queue_timeout_ms (of requests
+    that name none): unset is no bound. shed: refuse a sheddable request at once when its forecast breaks its SLO.
+    calibrate: what is believed of the engine's speed and of its prefix cache is refined by what is seen of them.
     """
 
     policy: str = Field(default="annealing", min_length=1)
@@ -259,7 +268,7 @@ class TaskConfig(Section):
     @property
     def slo(self) -> Slo:
         """The same in seconds."""
-        return Slo(*(None if v is None else v / 1e3 for v in (self.ttft_ms, self.tpot_ms, self.e2e_ms)))
+        return Slo(*(None if v is None else seconds_of(v) for v in (self.ttft_ms, self.tpot_ms, self.e2e_ms)))
 
 
 TaskName = Annotated[str, Field(min_length=1, max_length=64)]

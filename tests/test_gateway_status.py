@@ -84,3 +84,16 @@ def test_the_engines_own_code_is_told() -> None:
     info = detail(to_status(errors.EngineError("m", code="oom")), error_details_pb2.ErrorInfo)
     assert isinstance(info, error_details_pb2.ErrorInfo)
     assert dict(info.metadata) == {"engine_code": "oom"}
+
+
+def test_a_status_is_no_larger_than_clients_take() -> None:
+    """A field, a model, an id come from the client and may have any length, in any script."""
+    violations = [FieldViolation(f"stop[{i}]", "\N{SNOWMAN}" * 500) for i in range(64)]
+    for error in (errors.InvalidRequest(violations), errors.ModelNotFound("\N{SNOWMAN}" * 10_000)):
+        status = to_status(error)
+        assert len(status.message.encode()) * 3 + len(status.SerializeToString()) * 4 / 3 < 7000
+        assert status.message.endswith("...")
+    bad = detail(to_status(errors.InvalidRequest(violations)), error_details_pb2.BadRequest)
+    assert isinstance(bad, error_details_pb2.BadRequest)
+    *told, last = bad.field_violations
+    assert (last.field, last.description) == ("request", f"{64 - len(told)} or more other violations")

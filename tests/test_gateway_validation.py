@@ -13,7 +13,7 @@ from scripted_engine import ScriptedEngine
 
 from lmdeploy_slo.clock import VirtualClock
 from lmdeploy_slo.core.request import PriorityClass
-from lmdeploy_slo.core.slo import Slo
+from lmdeploy_slo.core.slo import SHORTEST_S, Slo
 from lmdeploy_slo.engine.base import ChatMessage, Sampling, Stopping
 from lmdeploy_slo.errors import FieldViolation, InvalidRequest, ModelNotFound
 from lmdeploy_slo.gateway import validation
@@ -311,6 +311,27 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
             "request_id",
         ]
     )
+
+
+def test_durations_that_would_be_zero_seconds_are_the_shortest_there_are() -> None:
+    accepted = check("slo { ttft_ms: 5e-324 tpot_ms: 1e-320 } queue_timeout_ms: 5e-324")
+    assert (accepted.spec.slo, accepted.spec.queue_timeout_s) == (Slo(SHORTEST_S, SHORTEST_S), SHORTEST_S)
+
+
+def test_of_thousands_of_violations_the_first_are_told_and_the_rest_counted() -> None:
+    nameless = " ".join(["messages {}"] * 1000)
+    told = violations("", prompt=f"messages {{ {nameless} }}")
+    assert [v.field for v in told] == [
+        *(f"messages.messages[{i}].role" for i in range(validation.MAX_TOLD)),
+        "request",
+    ]
+    assert told[-1].description == f"{1000 - validation.MAX_TOLD} or more other violations"
+
+
+def test_a_request_of_unknown_fields_is_refused_without_naming_each() -> None:
+    request = pb.GenerateRequest(text="a").SerializeToString() + b"\xf8\x01\x01" * 2000
+    (told,) = violations(request)
+    assert (told.field, told.description) == ("request", "6000 bytes in fields that are not known to this server")
 
 
 def test_nested_requests_are_told_with_their_path() -> None:

@@ -11,7 +11,7 @@ import typer
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from lmdeploy_slo.core.latency_model import BilinearModel
-from lmdeploy_slo.core.slo import NO_SLO, Slo
+from lmdeploy_slo.core.slo import NO_SLO, Slo, seconds_of
 from lmdeploy_slo.errors import ConfigError
 from lmdeploy_slo.scheduling.static_model import MAX_BATCH_SIZE, MAX_REQUESTS, StaticPlan, StaticProblem, StaticRequest
 
@@ -46,7 +46,7 @@ class _Slo(_Checked):
     tpot_ms: _ObjectiveMs | None = None
 
     def in_seconds(self) -> Slo:
-        return Slo(*(None if v is None else v / 1e3 for v in (self.ttft_ms, self.tpot_ms, self.e2e_ms)))
+        return Slo(*(None if v is None else seconds_of(v) for v in (self.ttft_ms, self.tpot_ms, self.e2e_ms)))
 
 
 class _Request(_Checked):

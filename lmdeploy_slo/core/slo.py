@@ -5,6 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
+SHORTEST_S = 1e-9
+
+
+def seconds_of(value_ms: float) -> float:
+    """Of a duration in milliseconds, > 0. Shorter ones than a nanosecond are taken for one: the shortest would be 0."""
+    return max(value_ms / 1e3, SHORTEST_S)
+
 
 @dataclass(frozen=True, slots=True)
 class Slo:

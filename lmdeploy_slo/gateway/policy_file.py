@@ -32,7 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from lmdeploy_slo.core.clients import FREE, ClientPolicies, ClientPolicy
 from lmdeploy_slo.core.request import PriorityClass
-from lmdeploy_slo.core.slo import Slo
+from lmdeploy_slo.core.slo import Slo, seconds_of
 from lmdeploy_slo.errors import ConfigError
 
 if sys.version_info >= (3, 11):
@@ -56,7 +56,7 @@ class _Objectives(_Strict):
 
     @property
     def slo(self) -> Slo:
-        return Slo(*(None if v is None else v / 1e3 for v in (self.ttft_ms, self.tpot_ms, self.e2e_ms)))
+        return Slo(*(None if v is None else seconds_of(v) for v in (self.ttft_ms, self.tpot_ms, self.e2e_ms)))
 
 
 class _Policy(_Strict):
@@ -87,7 +87,7 @@ class _Policy(_Strict):
             if name in said:
                 said[name] = said[name].slo
         if self.max_queue_timeout_ms is not None:
-            said["max_queue_timeout_s"] = self.max_queue_timeout_ms / 1e3
+            said["max_queue_timeout_s"] = seconds_of(self.max_queue_timeout_ms)
         return replace(base, **said) if said else base
 
 
@@ -115,7 +115,7 @@ def read_policies(file: Path, base: ClientPolicy = FREE) -> ClientPolicies:
     except ValidationError as error:
         wrong = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}".removeprefix(": ") for e in error.errors())
         raise ConfigError(f"{file}: {'; '.join(wrong)}") from error
-    except ValueError as error:  # not TOML, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, or nested too deeply
         raise ConfigError(f"{file}: not TOML: {error}") from error
     default = document.default.over(base)
     return ClientPolicies(default, {name: policy.over(default) for name, policy in document.clients.items()})

@@ -56,6 +56,9 @@ logger = logging.getLogger(__name__)
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 
+MAX_ECHO_CHARS = 256
+"""Longer ids do not go back to the caller: they would take the room of what it has to be told."""
+
 _M = TypeVar("_M", bound=Message)
 _Context = grpc.aio.ServicerContext[Any, Any]
 _request_id: ContextVar[str] = ContextVar("request_id", default="")
@@ -329,7 +332,7 @@ def _remaining_s(context: _Context) -> float | None:
 def _passed_on(aliases: Aliases) -> tuple[tuple[str, str], ...]:
     """The caller's request and trace ids, which go back to it with the status, whatever that will be."""
     values = ((name, aliases.get(name)) for name in (metadata.REQUEST_ID, metadata.TRACEPARENT))
-    return tuple((name, value) for name, value in values if value is not None)
+    return tuple((name, value) for name, value in values if value is not None and len(value) <= MAX_ECHO_CHARS)
 
 
 async def _tell(error: Exception, context: _Context) -> NoReturn:

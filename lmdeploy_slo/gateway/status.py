@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import grpc
 from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
@@ -12,6 +14,7 @@ from lmdeploy_slo.errors import (
     DeadlineExceeded,
     Draining,
     EngineUnavailable,
+    FieldViolation,
     InvalidRequest,
     ModelNotFound,
     PermissionDenied,
@@ -24,6 +27,10 @@ from lmdeploy_slo.errors import (
 )
 
 ERROR_DOMAIN = "lmdeploy_slo"
+
+MESSAGE_BYTES, VIOLATION_BYTES = 1000, 2400
+"""Of a status, at most: with what else is in the trailing metadata it has to stay below the 8 KiB that clients take,
+which are told of nothing but the size otherwise."""
 
 _CODES: tuple[tuple[type[RequestError], grpc.StatusCode], ...] = (  # the first that matches
     (InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
@@ -59,7 +66,7 @@ def to_status(error: RequestError) -> status_pb2.Status:
             error_details_pb2.BadRequest(
                 field_violations=[
                     error_details_pb2.BadRequest.FieldViolation(field=v.field, description=v.description)
-                    for v in error.violations
+                    for v in _told(error.violations)
                 ]
             )
         )
@@ -68,12 +75,35 @@ def to_status(error: RequestError) -> status_pb2.Status:
         delay.FromMilliseconds(max(1, round(error.retry_after_s * 1e3)))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     return status_pb2.Status(
-        code=status_code(error).value[0], message=str(error), details=[_packed(d) for d in details]
+        code=status_code(error).value[0], message=_cut(str(error), MESSAGE_BYTES), details=[_packed(d) for d in details]
     )
 
 
 def status_code(error: RequestError) -> grpc.StatusCode:
     return next(code for kind, code in _CODES if isinstance(error, kind))
+
+
+def _told(violations: Sequence[FieldViolation]) -> list[FieldViolation]:
+    """As many as there is room for, and how many there are besides."""
+    told: list[FieldViolation] = []
+    left = VIOLATION_BYTES
+    for violation in violations:
+        short = FieldViolation(_cut(violation.field, 200), _cut(violation.description, 400))
+        left -= len(short.field.encode()) + len(short.description.encode()) + 8
+        if left < 0:
+            return [*told, FieldViolation("request", f"{len(violations) - len(told)} or more other violations")]
+        told.append(short)
+    return told
+
+
+def _cut(text: str, most: int) -> str:
+    """As much of it as takes `most` bytes in a header, where all but printable ASCII takes three times its bytes."""
+    size = 0
+    for at, character in enumerate(text):
+        size += 1 if " " <= character <= "~" else 3 * len(character.encode("utf-8", "replace"))
+        if size > most:
+            return f"{text[:at]}..."
+    return text
 
 
 def _packed(detail: Message) -> any_pb2.Any:

@@ -18,7 +18,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from lmdeploy_slo.core.clients import ClientPolicy, clamp
 from lmdeploy_slo.core.request import ClientId, PriorityClass, RequestSpec
-from lmdeploy_slo.core.slo import Slo
+from lmdeploy_slo.core.slo import Slo, seconds_of
 from lmdeploy_slo.engine.base import ChatMessage, Engine, EngineRequest, Sampling, Stopping
 from lmdeploy_slo.errors import FieldViolation, InvalidRequest, ModelNotFound
 from lmdeploy_slo.gateway import metadata
@@ -31,8 +31,14 @@ MAX_ID_CHARS = 128
 MAX_TASK_CHARS = 64
 MAX_STOPS, MAX_STOP_CHARS, MAX_STOP_IDS = 16, 256, 64
 MAX_LOGPROBS = 20
+MAX_MESSAGES = 10_000
 MAX_TOLD_IDS = 8
 """Of many token ids out of range so many are named."""
+
+MAX_TOLD = 64
+"""Of many violations so many are told: a message may hold millions of wrong things."""
+
+MAX_UNKNOWN_BYTES = 4096
 
 OFF_LOOP_CHARS = 20_000
 """Longer texts are tokenised in a thread, so that no stream waits for them."""
@@ -90,7 +96,8 @@ async def accept(
     if request.model and request.model != engine.info.model:
         raise ModelNotFound(f"model {request.model!r} is not served here; the model is {engine.info.model!r}")
     check = _Check(prefix)
-    check.unknown_fields(request)
+    if len(request.messages.messages) <= MAX_MESSAGES:  # more are refused, without a look into each
+        check.unknown_fields(request)
     prompt = await _prompt_token_ids(request, engine, check)
     spec, engine_request = _read(request, aliases, prompt, engine, options, check, arrival_at_s)
     if prompt:
@@ -124,13 +131,23 @@ class _Check:
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
         self._violations: list[FieldViolation] = []
+        self._untold = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether more violations would only be counted."""
+        return len(self._violations) >= MAX_TOLD
 
     def add(self, field: str, description: str, *, header: bool = False, unless_told: bool = False) -> None:
         path = field if header else self._prefix + field
-        if not (unless_told and any(v.field == path for v in self._violations)):
+        if self.full:
+            self._untold += 1
+        elif not (unless_told and any(v.field == path for v in self._violations)):
             self._violations.append(FieldViolation(path, description))
 
     def done(self) -> None:
+        if self._untold:
+            self._violations.append(FieldViolation("request", f"{self._untold} or more other violations"))
         if self._violations:
             raise InvalidRequest(self._violations)
 
@@ -145,7 +162,7 @@ class _Check:
     def duration_s(self, value_ms: float, field: str, *, header: bool = False) -> float | None:
         """Seconds; None, with a violation, where the value is out of range."""
         if 0 < value_ms <= MAX_DURATION_MS:
-            return value_ms / 1e3
+            return seconds_of(value_ms)
         self.add(field, f"must be a number of milliseconds above 0, at most {MAX_DURATION_MS}", header=header)
         return None
 
@@ -163,7 +180,10 @@ class _Check:
         known = type(request)()
         known.CopyFrom(request)
         known.DiscardUnknownFields()
-        if known.ByteSize() != request.ByteSize():
+        unknown_bytes = request.ByteSize() - known.ByteSize()
+        if unknown_bytes > MAX_UNKNOWN_BYTES:  # to name each could take seconds
+            self.add("request", f"{unknown_bytes} bytes in fields that are not known to this server")
+        elif unknown_bytes:
             self._tell_unknown_fields(request, "")
 
     def _tell_unknown_fields(self, message: Message, path: str) -> None:
@@ -189,6 +209,10 @@ async def _prompt_token_ids(request: pb.GenerateRequest, engine: Engine, check: 
         check.add("prompt", "one of text, token_ids and messages must be set")
         return ()
     if kind == "token_ids":
+        session_tokens = engine.info.max_session_tokens
+        if session_tokens is not None and len(request.token_ids.ids) >= session_tokens:
+            check.add(kind, _no_room(len(request.token_ids.ids), session_tokens))
+            return ()
         ids = tuple(request.token_ids.ids)
         check.that(bool(ids), "token_ids.ids", "needs at least one token")
         check.token_ids(ids, "token_ids.ids", engine.info.vocab_size)
@@ -200,10 +224,11 @@ async def _prompt_token_ids(request: pb.GenerateRequest, engine: Engine, check: 
                 return ()
             tokens = await _off_loop_if(len(request.text) > OFF_LOOP_CHARS, tokenizer.encode, request.text)
         else:
-            messages = [ChatMessage(m.role, m.content) for m in request.messages.messages]
-            if not messages:
-                check.add("messages.messages", "needs at least one message")
+            count = len(request.messages.messages)
+            if not 1 <= count <= MAX_MESSAGES:
+                check.add("messages.messages", f"must be 1 to {MAX_MESSAGES} messages, got {count}")
                 return ()
+            messages = [ChatMessage(m.role, m.content) for m in request.messages.messages]
             nameless = [i for i, m in enumerate(messages) if not m.role]
             for i in nameless:
                 check.add(f"messages.messages[{i}].role", "must not be empty")
@@ -337,8 +362,7 @@ def _stopping(
     session_tokens = engine.info.max_session_tokens
     prompt_field = request.WhichOneof("prompt") or "prompt"
     if session_tokens is not None and prompt_tokens >= session_tokens:
-        text = f"{prompt_tokens} tokens leave no room for output: a session is at most {session_tokens} tokens"
-        check.add(prompt_field, text)
+        check.add(prompt_field, _no_room(prompt_tokens, session_tokens))
     elif session_tokens is not None and max_new_tokens and prompt_tokens + max_new_tokens > session_tokens:
         text = (
             f"a prompt of {prompt_tokens} tokens and max_new_tokens of {max_new_tokens} are more than the "
@@ -356,21 +380,26 @@ def _stopping(
         check.add("stopping.min_new_tokens", text)
     if len(message.stop) > MAX_STOPS:
         check.add("stopping.stop", f"at most {MAX_STOPS}, got {len(message.stop)}")
-    for i, stop in enumerate(message.stop):
+    stops = tuple(message.stop[:MAX_STOPS])
+    for i, stop in enumerate(stops):
         check.that(1 <= len(stop) <= MAX_STOP_CHARS, f"stopping.stop[{i}]", f"must be 1 to {MAX_STOP_CHARS} characters")
-    stop_ids = tuple(message.stop_token_ids)
-    if len(stop_ids) > MAX_STOP_IDS:
-        check.add("stopping.stop_token_ids", f"at most {MAX_STOP_IDS}, got {len(stop_ids)}")
+    stop_ids = tuple(message.stop_token_ids[:MAX_STOP_IDS])
+    if len(message.stop_token_ids) > MAX_STOP_IDS:
+        check.add("stopping.stop_token_ids", f"at most {MAX_STOP_IDS}, got {len(message.stop_token_ids)}")
     check.token_ids(stop_ids, "stopping.stop_token_ids", engine.info.vocab_size)
     return Stopping(
         max_new_tokens=max_new_tokens,
         min_new_tokens=min_new_tokens,
-        stop=tuple(message.stop),
+        stop=stops,
         stop_token_ids=stop_ids,
         ignore_eos=message.ignore_eos,
         include_stop=message.include_stop,
         skip_special_tokens=message.skip_special_tokens if message.HasField("skip_special_tokens") else True,
     )
+
+
+def _no_room(prompt_tokens: int, session_tokens: int) -> str:
+    return f"{prompt_tokens} tokens leave no room for output: a session is at most {session_tokens} tokens"
 
 
 def _emulated_output_tokens(request: pb.GenerateRequest, engine: Engine, check: _Check) -> int | None:

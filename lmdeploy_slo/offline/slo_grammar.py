@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from lmdeploy_slo.core.slo import NO_SLO, Slo
+from lmdeploy_slo.core.slo import NO_SLO, Slo, seconds_of
 from lmdeploy_slo.errors import ConfigError
 
 DEFAULT_TASK = "default"
@@ -31,7 +31,11 @@ def parse_slo_options(options: Sequence[str], scale: float = 1.0) -> dict[str, S
             raise _wrong(option, "expected TASK=ttft:MS,tpot:MS,e2e:MS with any of the three")
         if task in slos:
             raise _wrong(option, f"task {task!r} is named twice")
-        slos[task] = _parse_objectives(option, objectives).scaled(scale)
+        own = _parse_objectives(option, objectives)
+        try:
+            slos[task] = own.scaled(scale)
+        except ValueError as error:
+            raise _wrong(option, f"times {scale:g} it is out of range: {error}") from error
     return slos
 
 
@@ -55,7 +59,7 @@ def _parse_objectives(option: str, objectives: str) -> Slo:
             milliseconds = math.nan
         if not (math.isfinite(milliseconds) and milliseconds > 0):
             raise _wrong(option, f"{kind} must be a positive number of milliseconds, got {text.strip()!r}")
-        values_s[_KINDS[kind]] = milliseconds / 1e3
+        values_s[_KINDS[kind]] = seconds_of(milliseconds)
     return Slo(**values_s)
 
 
