@@ -189,3 +189,13 @@ def test_the_mooncake_trace_is_read_whole(recorded: Path) -> None:
     rows = read_traces([recorded / "mooncake_synthetic_trace.jsonl.gz"])
     assert len(rows) == 3_993
     assert all(row.hash_ids for row in rows)
+
+
+DEEP = '{"a":' * 100_000
+
+
+@pytest.mark.parametrize("text", [DEEP, MOONCAKE + "\n" + DEEP, PLAIN + "9" * 200_000 + ",1,2,x", "a" * 200_000])
+def test_what_python_gives_up_on_is_no_trace(tmp_path: Path, text: str) -> None:
+    """Brackets without end, and fields larger than csv takes."""
+    with pytest.raises(TraceError):
+        read_traces([write(tmp_path / "t", text)])

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lmdeploy_slo.errors import TraceError
-from lmdeploy_slo.offline.traces import text_of
+from lmdeploy_slo.offline.traces import csv_rows, text_of
 from lmdeploy_slo.prediction.observations import Observation, decode_observation, prefill_observation
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
@@ -50,10 +50,11 @@ def read_table(
     """
     lines = text_of(path).splitlines()
     reader = csv.DictReader(lines)
-    columns = _find_columns(path, reader.fieldnames or (), names or {})
+    header = next(csv_rows(path, csv.reader(lines)), [])
+    columns = _find_columns(path, header, names or {})
     found: list[Observation] = []
     left_out = 0
-    for record in reader:
+    for record in csv_rows(path, reader):
         where = f"{path}, line {reader.line_num}"
         batch, prompt, output, token_s = (
             _number(where, columns[what], record) for what in ("batch", "prompt_tokens", "output_tokens", "token_s")
@@ -65,15 +66,18 @@ def read_table(
             left_out += 1
             continue
         name = f"{batch:g} x ({prompt:g} + {output:g})"
-        found.append(decode_observation(batch, context, unit_s * token_s, point=f"decode {name}"))
         first = columns.get("first_token_s")
-        if batch == 1 and first is not None and record.get(first):
-            seconds = unit_s * _number(where, first, record)
-            found.append(
-                prefill_observation(
-                    1, int(prompt), seconds, max_prefill_tokens=max_prefill_tokens, point=f"prefill {name}"
+        try:
+            found.append(decode_observation(batch, context, unit_s * token_s, point=f"decode {name}"))
+            if batch == 1 and first is not None and record.get(first):
+                seconds = unit_s * _number(where, first, record)
+                found.append(
+                    prefill_observation(
+                        1, int(prompt), seconds, max_prefill_tokens=max_prefill_tokens, point=f"prefill {name}"
+                    )
                 )
-            )
+        except (ValueError, OverflowError) as error:
+            raise TraceError(f"{where}: {error}") from error
     if not found:
         raise TraceError(f"{path}: there is no batch in it{' that the KV cache holds' if left_out else ''}")
     return BenchmarkTable(tuple(found), left_out)

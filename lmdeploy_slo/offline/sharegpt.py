@@ -11,7 +11,6 @@ has somewhat more tokens than it says, and no single request should be judged by
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from typing import Any
 
 from lmdeploy_slo.errors import TraceError
 from lmdeploy_slo.offline.simulation.prefix_cache import BLOCK_TOKENS
-from lmdeploy_slo.offline.traces import text_of
+from lmdeploy_slo.offline.traces import json_of, text_of
 
 ASCII_PER_TOKEN = 4.0
 OTHER_PER_TOKEN = 1.5
@@ -76,7 +75,7 @@ def read_conversations(
 def _conversations(path: Path) -> Iterator[tuple[int, list[Any]]]:
     text = text_of(path)
     try:
-        records = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.splitlines() if x]
+        records = json_of(text) if text.lstrip().startswith("[") else [json_of(x) for x in text.splitlines() if x]
     except ValueError as error:
         raise TraceError(f"{path}: not JSON: {error}") from error
     for number, record in enumerate(records, 1):

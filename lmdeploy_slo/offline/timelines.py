@@ -7,7 +7,6 @@ are in use; a field that is empty, null or missing is not known.
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lmdeploy_slo.errors import TraceError
-from lmdeploy_slo.offline.traces import text_of
+from lmdeploy_slo.offline.traces import csv_rows, json_of, text_of
 from lmdeploy_slo.prediction.fitting import Timelines
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
@@ -98,7 +97,7 @@ def _records(path: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
     if lines and lines[0][1].lstrip().startswith("{"):
         for number, line in lines:
             try:
-                record = json.loads(line)
+                record = json_of(line)
             except ValueError as error:
                 raise TraceError(f"{path}, line {number}: not JSON: {error}") from error
             if not isinstance(record, dict):
@@ -106,7 +105,7 @@ def _records(path: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
             yield number, record
         return
     reader = csv.DictReader(line for _, line in lines)
-    for record in reader:
+    for record in csv_rows(path, reader):
         yield lines[reader.line_num - 1][0], record
 
 
@@ -129,7 +128,7 @@ def _number(path: Path, line: int, column: str, record: Mapping[str, Any]) -> fl
         return math.nan
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise TraceError(f"{path}, line {line}, {column}: must be a number, got {value!r}")

@@ -15,15 +15,16 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from lmdeploy_slo.errors import TraceError
 
 _GZIP_MAGIC = b"\x1f\x8b"
+_Row = TypeVar("_Row")
 _NS = 1_000_000_000
 _TIMESTAMP = re.compile(
     r"(?P<instant>\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d)(?:\.(?P<fraction>\d{1,9}))?(?P<zone>Z|[+-]\d\d:\d\d)?"
@@ -111,7 +112,7 @@ def _read_file(path: Path) -> tuple[list[_RawRow], bool]:
     if numbered[0][1].lstrip().startswith("{"):
         rows = list(_mooncake(path, numbered))
     else:
-        header = [name.strip() for name in next(csv.reader([numbered[0][1]]))]
+        header = [name.strip() for name in next(csv_rows(path, csv.reader([numbered[0][1]])))]
         body = numbered[1:]
         if {"TIMESTAMP", "ContextTokens", "GeneratedTokens"} <= set(header):
             on_calendar = True
@@ -142,6 +143,22 @@ def text_of(path: Path) -> str:
         raise TraceError(f"{path}: neither text nor a whole gzip file: {error}") from error
 
 
+def csv_rows(path: Path, reader: Iterable[_Row]) -> Iterator[_Row]:
+    """The rows of a reader of the module csv; raises TraceError where that gives up, on a field of 128 KiB say."""
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise TraceError(f"{path}: not CSV: {error}") from error
+
+
+def json_of(text: str) -> Any:
+    """What the text says as JSON; raises ValueError, also where it is nested too deeply to be read."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 # -- one generator per format ---------------------------------------------------------------------------------------
 
 
@@ -169,7 +186,7 @@ def _mooncake(path: Path, numbered: list[tuple[int, str]]) -> Iterator[_RawRow]:
     for number, text in numbered:
         line = _Line(path, number)
         try:
-            record = json.loads(text)
+            record = json_of(text)
         except ValueError as error:
             raise TraceError(f"{path}, line {number}: not JSON: {error}") from error
         if not isinstance(record, dict):
@@ -194,7 +211,7 @@ def _mooncake(path: Path, numbered: list[tuple[int, str]]) -> Iterator[_RawRow]:
 
 def _csv_records(path: Path, header: list[str], body: list[tuple[int, str]]) -> Iterator[tuple[_Line, dict[str, str]]]:
     reader = csv.reader(text for _, text in body)
-    for values in reader:
+    for values in csv_rows(path, reader):
         line = _Line(path, body[reader.line_num - 1][0])
         if len(values) != len(header):
             raise TraceError(f"{path}, line {line.number}: {len(values)} fields where the header names {len(header)}")

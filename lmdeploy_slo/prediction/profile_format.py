@@ -192,6 +192,7 @@ def parse_profile(content: bytes, origin: str) -> Profile:
     """The profile in a file's bytes; `origin` names the file. Raises ConfigError that says what is wrong in it."""
     try:
         document = json.loads(content)
+        json.dumps(document, ensure_ascii=False).encode()  # halves of characters could not be written again
     except (ValueError, RecursionError) as error:  # also what is not UTF-8
         raise ConfigError(f"profile {origin}: not JSON: {error}") from error
     if not isinstance(document, dict):
