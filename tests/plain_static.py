@@ -16,13 +16,22 @@ import numpy.typing as npt
 from lmdeploy_slo.scheduling.paper_setting import SCHEDULE, AnnealingSchedule
 from lmdeploy_slo.scheduling.static_kernel import LOG_DRAWS
 from lmdeploy_slo.scheduling.static_model import StaticProblem, weigh
-from lmdeploy_slo.scheduling.static_planner import LOSS_SCALE, RULES, beam_width, moves_of_a_walk, rule_order, walks
+from lmdeploy_slo.scheduling.static_planner import (
+    LOSS_SCALE,
+    RULES,
+    beam_width,
+    cut,
+    moves_of_a_walk,
+    rule_order,
+    walks,
+)
 
 MASK = (1 << 64) - 1
 LUCK: list[float] = LOG_DRAWS.tolist()
 
 Rows = list[list[int | None]]
-Before = list[tuple[int, int, int]]
+State = tuple[tuple[int, ...], int, int]  # when each engine is free, sum of E2E, requests that meet
+Before = list[State]
 Table = list[list[int]]
 
 
@@ -41,19 +50,20 @@ class Found:
 def plan(problem: StaticProblem, seed: int = 0, schedule: AnnealingSchedule = SCHEDULE, enough: int = -1) -> Found:
     """As `static_planner.anneal`."""
     tables = weigh(problem)
-    n = len(problem.requests)
-    starts = [_full_batches(rule_order(problem, rule).tolist(), problem.largest_batch) for rule in RULES]
+    n, size = len(problem.requests), problem.largest_batch
+    starts = [_rows(cut(rule_order(problem, rule), size).tolist(), size) for rule in RULES]
     constructed = 0
     if beam_width(n):
         start = construct(problem, beam_width(n))
-        starts.append(_rows(start.batch_of, problem.largest_batch))
+        starts.append(_rows(start.batch_of, size))
         constructed = start.evaluations
     found = anneal(
         starts,
         tables.run_time,
         tables.limit,
         tables.waited,
-        problem.largest_batch,
+        tables.free.tolist(),
+        size,
         seed,
         hot=schedule.hot,
         cold=schedule.cold,
@@ -80,6 +90,7 @@ def anneal(
     run_time: npt.NDArray[np.int64],
     limit: npt.NDArray[np.int64],
     waited: int,
+    free: Sequence[int],
     batch_size: int,
     seed: int,
     *,
@@ -95,7 +106,7 @@ def anneal(
     run_times, limits = run_time.tolist(), limit.tolist()
     found = []
     for rows in starts:
-        _, total, met = _weigh(rows, [(0, waited, 0)], 0, run_times, limits)[-1]
+        _, total, met = _weigh(rows, [(tuple(free), waited, 0)], 0, run_times, limits)[-1]
         found.append(Found(met, total, len(starts), _batch_of(rows)))
     chosen = max(range(len(starts)), key=lambda i: (found[i].score, -i))
     best = found[chosen]
@@ -104,7 +115,7 @@ def anneal(
     draws = splitmix64(seed)
     evaluations = len(starts)
     for _ in range(walks):
-        walk = _Walk([row[:] for row in starts[chosen]], batch_size, run_times, limits, waited)
+        walk = _Walk([row[:] for row in starts[chosen]], batch_size, run_times, limits, (tuple(free), waited, 0))
         walk.run(draws, hot, cold, cooling, moves, unit)
         evaluations += walk.weighed
         if walk.best.score > best.score:
@@ -114,10 +125,10 @@ def anneal(
 
 
 class _Walk:
-    def __init__(self, rows: Rows, batch_size: int, run_times: Table, limits: Table, waited: int) -> None:
+    def __init__(self, rows: Rows, batch_size: int, run_times: Table, limits: Table, begin: State) -> None:
         self.rows, self.batch_size = rows, batch_size
         self.run_times, self.limits = run_times, limits
-        self.before = _weigh(rows, [(0, waited, 0)], 0, run_times, limits)
+        self.before = _weigh(rows, [begin], 0, run_times, limits)
         self.where = {r: (k, j) for k, row in enumerate(rows) for j, r in enumerate(row) if r is not None}
         self.weighed = 0
         self.best = Found(self.before[-1][2], self.before[-1][1], 0, _batch_of(rows))
@@ -183,33 +194,26 @@ class _Walk:
         self.where.update({r: (k, j) for k, row in enumerate(rows) for j, r in enumerate(row) if r is not None})
 
 
-def _full_batches(order: Sequence[int], batch_size: int) -> Rows:
-    rows: Rows = [[None] * batch_size]
-    for i in range(0, len(order), batch_size):
-        batch: list[int | None] = [int(r) for r in order[i : i + batch_size]]
-        rows.append(batch + [None] * (batch_size - len(batch)))
-    return [*rows, [None] * batch_size]
-
-
 def _rows(batch_of: Sequence[int], batch_size: int) -> Rows:
     rows: Rows = [[r for r, batch in enumerate(batch_of) if batch == k] for k in range(max(batch_of) + 2)]
     return [row + [None] * (batch_size - len(row)) for row in rows]
 
 
 def _weigh(rows: Rows, before: Before, first: int, run_times: Table, limits: Table) -> Before:
-    """(wait, sum of E2E, requests that meet) before each row and behind the last, row `first` the first to differ."""
+    """The states before each row and behind the last, row `first` the first to differ."""
     after = before[: first + 1]
-    wait, total, met = after[first]
+    free, total, met = after[first]
     for row in rows[first:]:
         batch = [r for r in row if r is not None]
         if batch:
+            wait, *others = sorted(free)
             of_size, limits_of_size = run_times[len(batch)], limits[len(batch)]
             times = [of_size[r] for r in batch]
             total += sum(times) + len(batch) * wait
             for r in batch:
                 met += limits_of_size[r] >= wait
-            wait += max(times)
-        after.append((wait, total, met))
+            free = (*others, wait + max(times))
+        after.append((free, total, met))
     return after
 
 
@@ -234,22 +238,24 @@ def construct(problem: StaticProblem, width: int) -> Found:
     tables, n, size = weigh(problem), len(problem.requests), problem.largest_batch
     run_times, limits = tables.run_time.tolist(), tables.limit.tolist()
 
-    def weighed(batches: Sequence[Sequence[int]], wait: int = 0) -> tuple[int, int, int]:
+    def weighed(batches: Sequence[Sequence[int]], free: Sequence[int]) -> tuple[list[int], int, int]:
         total = met = 0
         for batch in batches:
+            wait, *others = sorted(free)
             times = [run_times[len(batch)][r] for r in batch]
             total += sum(times) + len(batch) * wait
             met += sum(limits[len(batch)][r] >= wait for r in batch)
-            wait += max(times)
-        return wait, total, met
+            free = [*others, wait + max(times)]
+        return sorted(free), total, met
 
-    def finished(left: Sequence[int], wait: int) -> list[list[int]]:
+    def finished(left: Sequence[int], free: Sequence[int]) -> list[list[int]]:
+        wait = min(free)
         hopeful = [r for r in left if limits[size][r] >= wait]
         lost = [r for r in left if limits[size][r] < wait]
         together = _cut(hopeful + lost, size)
         odd = (len(lost) - 1) % size + 1
         apart = _cut(hopeful, size) + ([lost[:odd]] if lost else []) + _cut(lost[odd:], size)
-        of_together, of_apart = weighed(together, wait)[1:], weighed(apart, wait)[1:]
+        of_together, of_apart = weighed(together, free)[1:], weighed(apart, free)[1:]
         return apart if left and _score(*of_apart) > _score(*of_together) else together
 
     def next_batch(leader: int, left: Sequence[int], wait: int) -> list[int] | None:
@@ -263,21 +269,22 @@ def construct(problem: StaticProblem, width: int) -> Found:
         return [leader, *fillers, *lost][:size]
 
     in_order = tuple(sorted(range(n), key=lambda r: run_times[size][r]))
-    best = finished(in_order, 0)
+    idle = tables.free.tolist()
+    best = finished(in_order, idle)
     evaluations = 1
     beginnings = [_Beginning((), in_order)]
     while beginnings:
         ranked: list[tuple[float, _Beginning]] = []
         for beginning in beginnings:
-            wait = weighed(beginning.batches)[0]
+            wait = weighed(beginning.batches, idle)[0][0]
             for leader in beginning.left:
                 batch = next_batch(leader, beginning.left, wait)
                 if batch is None:
                     continue
                 batches = (*beginning.batches, tuple(batch))
                 left = tuple(r for r in beginning.left if r not in batch)
-                plan = [list(b) for b in batches] + finished(left, weighed(batches)[0])
-                value, least = (_score(b[1] + tables.waited, b[2]) for b in (weighed(plan), weighed(best)))
+                plan = [list(b) for b in batches] + finished(left, weighed(batches, idle)[0])
+                value, least = (_score(b[1] + tables.waited, b[2]) for b in (weighed(plan, idle), weighed(best, idle)))
                 evaluations += 1
                 if value > least:
                     best = plan
@@ -286,7 +293,7 @@ def construct(problem: StaticProblem, width: int) -> Found:
                     ranked = sorted(ranked, key=lambda entry: -entry[0])[:width]
         beginnings = [beginning for _, beginning in ranked]
     numbers = {r: k + 1 for k, batch in enumerate(best) for r in batch}
-    _, total, met = weighed(best)
+    _, total, met = weighed(best, idle)
     return Found(met, total + tables.waited, evaluations, [numbers[r] for r in range(n)])
 
 

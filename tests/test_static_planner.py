@@ -56,7 +56,8 @@ requests = st.builds(StaticRequest, st.integers(1, 2000), st.integers(1, 1000), 
 
 def problems(most: int) -> st.SearchStrategy[StaticProblem]:
     lists = st.lists(requests, min_size=1, max_size=most).map(tuple)
-    return st.builds(StaticProblem, lists, st.integers(1, 9), st.just(LATENCY))
+    engines = st.just((0.0,)) | st.lists(st.just(0.0) | st.floats(0, 20), min_size=1, max_size=4).map(tuple)
+    return st.builds(StaticProblem, lists, st.integers(1, 9), st.just(LATENCY), engines)
 
 
 def all_plans(n: int, batch_size: int) -> Iterator[list[list[int]]]:
@@ -75,9 +76,9 @@ def all_plans(n: int, batch_size: int) -> Iterator[list[list[int]]]:
 
 def outcomes(problem: StaticProblem, batches: Sequence[Sequence[int]]) -> Iterator[tuple[float, bool]]:
     """(E2E in seconds, whether every objective is met) of each request, by the formulas as they are written."""
-    wait_s = 0.0
+    free_s = list(problem.engines_free_s)
     for batch in batches:
-        longest_s = 0.0
+        longest_s, wait_s = 0.0, min(free_s)
         for r in batch:
             request, slo = problem.requests[r], problem.requests[r].slo
             prefill_s = problem.latency.prefill_s(len(batch), float(request.prompt_tokens))
@@ -88,7 +89,7 @@ def outcomes(problem: StaticProblem, batches: Sequence[Sequence[int]]) -> Iterat
             e2e_s = ttft_s + decode_s
             limits = ((slo.e2e_s, e2e_s), (slo.ttft_s, ttft_s), (slo.tpot_s, tpot_s))
             yield e2e_s, slo.has_objective and all(most is None or value <= most for most, value in limits)
-        wait_s += longest_s
+        free_s[free_s.index(wait_s)] += longest_s
 
 
 def check_plan(problem: StaticProblem, plan: StaticPlan) -> None:
@@ -240,12 +241,23 @@ def test_the_kernel_equals_its_plain_twin_on_the_papers_schedule(count: int, mov
 
 
 def test_construction_equals_its_plain_twin_with_many_requests_and_narrow_beams() -> None:
-    for count, batch_size in ((18, 1), (25, 4), (33, 7), (50, 50)):
-        problem = replace(draw_problem(count, np.random.default_rng(count)), max_batch_size=batch_size)
+    for count, batch_size, engines in ((18, 1, 1), (25, 4, 1), (33, 7, 2), (50, 50, 3)):
+        problem = replace(
+            draw_problem(count, np.random.default_rng(count)),
+            max_batch_size=batch_size,
+            engines_free_s=tuple(map(float, range(engines))),
+        )
         tables, batch_of = weigh(problem), np.zeros(count, dtype=np.uint64)
         by_length = np.argsort(tables.run_time[problem.largest_batch, :count], kind="stable")
         found = static_construction_kernel.construct(
-            by_length, tables.run_time, tables.limit, tables.waited, problem.largest_batch, beam_width(count), batch_of
+            by_length,
+            tables.run_time,
+            tables.limit,
+            tables.waited,
+            tables.free,
+            problem.largest_batch,
+            beam_width(count),
+            batch_of,
         )
         twin = plain_static.construct(problem, beam_width(count))
         assert (*found, batch_of.tolist()) == (twin.met, twin.total, twin.evaluations, twin.batch_of)
@@ -325,8 +337,12 @@ def test_enumeration_finds_the_best_of_all_plans(problem: StaticProblem) -> None
         assert plan.objective * tables.tick_s == pytest.approx(most, rel=1e-12)
     else:
         assert plan.sum_e2e_s == min(total for _, total in scored) * tables.tick_s
-    everybody = problem.with_slo
-    assert can_meet_all(problem) == any(met == everybody for met, _ in scored)
+    if problem.engines_free_s == (0.0,):
+        everybody = problem.with_slo
+        assert can_meet_all(problem) == any(met == everybody for met, _ in scored)
+    else:
+        with pytest.raises(ValueError, match="one idle engine"):
+            can_meet_all(problem)
 
 
 def test_enumeration_counts_ordered_partitions() -> None:
@@ -354,6 +370,21 @@ def test_annealing_reaches_the_optimum(count: int, slo_scale: float) -> None:
         problem = draw_problem(count, np.random.default_rng((seed, count)), slo_scale=slo_scale)
         reached += as_good(anneal(problem, seed=seed), enumerate_all(problem))
     assert reached == 100
+
+
+@pytest.mark.parametrize("engines_free_s", [(0.0, 0.0), (0.0, 2.0, 9.0)])
+def test_annealing_reaches_the_optimum_on_several_engines(engines_free_s: tuple[float, ...]) -> None:
+    reached = 0
+    for seed in range(100):
+        problem = replace(draw_problem(7, np.random.default_rng(seed), slo_scale=0.25), engines_free_s=engines_free_s)
+        reached += as_good(anneal(problem, seed=seed), enumerate_all(problem))
+    assert reached >= 99
+
+
+@pytest.mark.parametrize("engines_free_s", [(), (0.0,) * 65, (-1.0,), (math.inf,), (0.0, math.nan)])
+def test_engines_are_few_and_free_some_time(engines_free_s: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="engines"):
+        StaticProblem((StaticRequest(1, 1),), 1, LATENCY, engines_free_s)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 6])

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lmdeploy_slo.scheduling.static_kernel import jit, score
+from lmdeploy_slo.scheduling.static_kernel import jit, occupy, score
 
 
 @jit
@@ -30,12 +30,14 @@ def _weigh_subsets(n: Any, batch_size: Any, run_time: Any, limit: Any) -> Any:
 
 
 @jit
-def enumerate_plans(n: Any, run_time: Any, limit: Any, waited: Any, batch_size: Any, batch_of: Any) -> Any:
+def enumerate_plans(n: Any, run_time: Any, limit: Any, waited: Any, free: Any, batch_size: Any, batch_of: Any) -> Any:
     """Scores every sequence of batches there is; as `anneal`, with the best of all plans. About 5 ms for n = 8."""
     size, longest, run_total = _weigh_subsets(n, batch_size, run_time, limit)
     left, chosen = np.zeros(n + 1, np.int64), np.zeros(n + 1, np.int64)  # by depth: not yet in a batch; the batch
     todo = np.zeros(n + 1, np.int64)  # the subset of `left` to try next, downwards
-    wait, total, met = np.zeros(n + 1, np.int64), np.zeros(n + 1, np.int64), np.zeros(n + 1, np.int64)
+    total, met = np.zeros(n + 1, np.int64), np.zeros(n + 1, np.int64)
+    wait = np.zeros((n + 1, free.shape[0]), np.int64)  # when each engine is free, the soonest in front
+    wait[0] = free
     left[0] = todo[0] = (1 << n) - 1
     total[0] = waited
     best, best_total, best_met = -1.0, 0, 0
@@ -52,14 +54,16 @@ def enumerate_plans(n: Any, run_time: Any, limit: Any, waited: Any, batch_size: 
         chosen[depth] = batch
         met_now = met[depth]
         for r in range(n):
-            if (batch >> r) & 1 and limit[size[batch] * (n + 1) + r] >= wait[depth]:
+            if (batch >> r) & 1 and limit[size[batch] * (n + 1) + r] >= wait[depth, 0]:
                 met_now += 1
-        total_now = total[depth] + run_total[batch] + size[batch] * wait[depth]
+        total_now = total[depth] + run_total[batch] + size[batch] * wait[depth, 0]
         rest = left[depth] ^ batch
         if rest:
             depth += 1
             left[depth] = todo[depth] = rest
-            wait[depth] = wait[depth - 1] + longest[batch]
+            for e in range(free.shape[0]):
+                wait[depth, e] = wait[depth - 1, e]
+            occupy(depth, longest[batch], wait)
             total[depth], met[depth] = total_now, met_now
             continue
         evaluations += 1

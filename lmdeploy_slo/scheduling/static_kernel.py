@@ -1,4 +1,4 @@
-"""Annealing of static plans: consecutive batches, in which each request waits for all batches before its own.
+"""Annealing of static plans: batches in a row, each of which begins on the engine that is free first.
 
 Times are integers (ticks), so that sums are exact in every order. Two tables tell all there is to know of a request;
 column n, "nobody", stands for an empty place:
@@ -46,6 +46,7 @@ class Rows(NamedTuple):
     place_of: npt.NDArray[np.uint64]  # by request; nobody's means nothing
     before: npt.NDArray[np.int64]  # by row: wait, sum of E2E and requests that meet, of all batches before it
     trial: npt.NDArray[np.int64]  # the same while a move is weighed
+    others: npt.NDArray[np.int64]  # by row: when the other engines are free; then the same while a move is weighed
 
 
 class Tables(NamedTuple):
@@ -101,10 +102,51 @@ def _weigh(first: Any, stop: Any, n: Any, shift: Any, rows: Any, tables: Any) ->
 
 
 @jit
+def _weigh_on_several(first: Any, stop: Any, n: Any, shift: Any, rows: Any, tables: Any) -> Any:
+    """As `_weigh`, for any number of engines: that of a row takes its place among the others when it is done."""
+    wait, total, met = rows.before[first, _0], rows.before[first, _1], rows.before[first, _2]
+    others = rows.others.shape[1] >> 1
+    rows.others[first, others:] = rows.others[first, :others]
+    for k in range(first, stop):
+        rows.trial[k, _0], rows.trial[k, _1], rows.trial[k, _2] = wait, total, met
+        column = rows.size[k] * (n + _1)
+        longest = 0
+        for p in range(k << shift, (k + _1) << shift):
+            entry = rows.place[p] + column
+            longest = max(longest, tables.run_time[entry])
+            total += tables.run_time[entry]
+            met += tables.limit[entry] >= wait
+        total += np.int64(rows.size[k]) * wait
+        wait += longest
+        for e in range(others, others << 1):
+            other = rows.others[k, e]
+            rows.others[k + _1, e] = max(wait, other)
+            wait = min(wait, other)
+    rows.trial[stop, _0], rows.trial[stop, _1], rows.trial[stop, _2] = wait, total, met
+    return total, met
+
+
+@inlined
+def occupy(row: Any, longest: Any, free: Any) -> Any:
+    """The engine that is free first, free[row, 0], works for so long; whichever is free first then is in its place."""
+    wait = free[row, 0] + longest
+    for e in range(1, free.shape[1]):
+        other = free[row, e]
+        free[row, e] = max(wait, other)
+        wait = min(wait, other)
+    free[row, 0] = wait
+
+
+@jit
 def _keep(first: Any, stop: Any, rows: Any) -> Any:
     for k in range(first, stop + _1):
         for j in range(3):
             rows.before[k, j] = rows.trial[k, j]
+    others = rows.others.shape[1] >> 1
+    if others > 0:
+        for k in range(first, stop + _1):
+            for e in range(others):
+                rows.others[k, e] = rows.others[k, others + e]
 
 
 @jit
@@ -137,6 +179,8 @@ def _open_front(batches: Any, n: Any, shift: Any, rows: Any) -> Any:
         rows.size[t] = rows.size[t - _1]
         for j in range(3):
             rows.before[t, j] = rows.before[t - _1, j]
+        for e in range(rows.others.shape[1]):
+            rows.others[t, e] = rows.others[t - _1, e]
     for j in range(width):
         rows.place[j] = n
     rows.size[_0] = _0
@@ -153,6 +197,8 @@ def _close(k: Any, batches: Any, shift: Any, rows: Any) -> Any:
         rows.size[t] = rows.size[t + _1]
         for j in range(3):
             rows.before[t, j] = rows.before[t + _1, j]
+        for e in range(rows.others.shape[1]):
+            rows.others[t, e] = rows.others[t + _1, e]
 
 
 @jit
@@ -184,6 +230,7 @@ def _walk(
     for r in range(n):
         best_row[r] = rows.place_of[r] >> shift
     weighed = 0
+    several = rows.others.shape[1] > 0
     temperature = hot
     while temperature > cold:
         heat = temperature * unit * best
@@ -212,7 +259,10 @@ def _walk(
                 rows.size[k] -= moved
                 rows.size[t] += moved
             first, stop = min(k, t), max(t, batches) + _1
-            total, met = _weigh(first, stop, n, shift, rows, tables)
+            if several:
+                total, met = _weigh_on_several(first, stop, n, shift, rows, tables)
+            else:
+                total, met = _weigh(first, stop, n, shift, rows, tables)
             weighed += 1
             if max(float(met), NOTHING_MET) >= (current + heat * luck) * float(total):
                 _keep(first, stop, rows)
@@ -244,14 +294,14 @@ def _walk(
 
 @jit
 def anneal(
-    starts: Any, run_time: Any, limit: Any, waited: Any, batch_size: Any, shift: Any, seed: Any, hot: Any, cold: Any,
-    cooling: Any, moves: Any, walks: Any, unit: Any, enough: Any, batch_of: Any,
+    starts: Any, run_time: Any, limit: Any, waited: Any, free: Any, batch_size: Any, shift: Any, seed: Any, hot: Any,
+    cold: Any, cooling: Any, moves: Any, walks: Any, unit: Any, enough: Any, batch_of: Any,
 ) -> Any:  # fmt: skip
     """Searches for the plan of n requests with the highest G; leaves each one's batch, counted from 1, in `batch_of`.
 
-    waited: before the plan begins, of all requests together; in the sum of E2E. starts: plans, shape (any, n), each
-    request's batch as in `batch_of`; all walks begin from the best of them. enough: a start that meets so many is
-    returned at once; -1 for never. shift: 2 ** shift >= batch_size, and at least 2.
+    waited: before the plan begins, of all requests together; in the sum of E2E. free: when each engine is free, soonest
+    first. starts: plans, shape (any, n), each request's batch as in `batch_of`; all walks begin from the best of them.
+    enough: a start that meets so many is returned at once; -1 for never. shift: 2 ** shift >= batch_size, at least 2.
     walks: independent searches, in which the temperature falls from `hot`, times `cooling` after `moves` moves, while
     it is above `cold`. A worse plan is accepted with exp(dG / T), dG in units of `unit` times the best G of the walk.
     Moves: pull a request into the previous batch, push it into the next, exchange it with one of any other batch, or
@@ -267,8 +317,11 @@ def anneal(
         np.empty(count, np.uint64),
         np.zeros((count, 3), np.int64),
         np.zeros((count, 3), np.int64),
+        np.zeros((count, 2 * (free.shape[0] - 1)), np.int64),
     )
+    rows.before[_0, _0] = free[0]
     rows.before[_0, _1] = waited
+    rows.others[_0, : free.shape[0] - 1] = free[1:]
     tables = Tables(run_time, limit)
     best_row = np.empty(starts.shape[1], np.uint64)
     chosen = 0
@@ -276,7 +329,7 @@ def anneal(
     best = -1.0
     for i in range(starts.shape[0]):
         batches = _lay_out(starts[i], n, shift, rows)
-        total, met = _weigh(_0, batches + _1, n, shift, rows, tables)
+        total, met = _weigh_on_several(_0, batches + _1, n, shift, rows, tables)
         if score(met, total) > best:
             best, best_total, best_met = score(met, total), total, met
             chosen = i
@@ -289,7 +342,7 @@ def anneal(
     state = seed
     for _ in range(walks):
         batches = _lay_out(starts[chosen], n, shift, rows)
-        _weigh(_0, batches + _1, n, shift, rows, tables)
+        _weigh_on_several(_0, batches + _1, n, shift, rows, tables)
         _keep(_0, batches + _1, rows)
         weighed, total, met, state = _walk(
             batches, n, batch_size, shift, rows, tables, state, hot, cold, cooling, moves, unit, best_row,

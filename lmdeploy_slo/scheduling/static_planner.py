@@ -70,6 +70,7 @@ def anneal(
             tables.run_time,
             tables.limit,
             tables.waited,
+            tables.free,
             problem.largest_batch,
             beam_width(n),
             batch_of,
@@ -80,6 +81,7 @@ def anneal(
         tables.run_time.ravel(),
         tables.limit.ravel(),
         tables.waited,
+        tables.free,
         np.uint64(problem.largest_batch),
         np.uint64(max(2, (problem.largest_batch - 1).bit_length())),
         np.uint64(seed),
@@ -130,7 +132,7 @@ def enumerate_all(problem: StaticProblem, *, clock: Clock | None = None) -> Stat
     batch_of = np.zeros(n, dtype=np.uint64)
     begun_at_s = clock.now_s()
     met, total, evaluations = static_enumeration_kernel.enumerate_plans(
-        n, tables.run_time.ravel(), tables.limit.ravel(), tables.waited, problem.largest_batch, batch_of
+        n, tables.run_time.ravel(), tables.limit.ravel(), tables.waited, tables.free, problem.largest_batch, batch_of
     )
     elapsed_s = clock.now_s() - begun_at_s
     return StaticPlan(_batches(batch_of), int(met), int(total) * tables.tick_s, int(evaluations), elapsed_s)
@@ -165,10 +167,12 @@ def rule_order(problem: StaticProblem, rule: str) -> npt.NDArray[np.int64]:
 
 
 def can_meet_all(problem: StaticProblem) -> bool:
-    """Whether some plan meets every SLO; exact, for up to MAX_WEIGHED requests, else ValueError."""
+    """Whether some plan meets every SLO; exact, for up to MAX_WEIGHED requests on one idle engine, else ValueError."""
     n = len(problem.requests)
     if n > MAX_WEIGHED:
         raise ValueError(f"all sets are weighed for up to {MAX_WEIGHED} requests, got {n}")
+    if problem.engines_free_s != (0.0,):
+        raise ValueError(f"all sets are weighed for one idle engine, got {problem.engines_free_s}")
     tables = weigh(problem)
     obliged = sum(1 << i for i, request in enumerate(problem.requests) if request.slo.has_objective)
     return bool(
