@@ -9,7 +9,7 @@ LMDEPLOY_BIN := .venv-lmdeploy/bin
 LMDEPLOY_READY := .venv-lmdeploy/.ready
 LMDEPLOY_NEEDS := tests/with_lmdeploy/requirements.txt
 
-.PHONY: demo test test-fast test-lmdeploy test-gpu bench-planner plot-planner lint format types proto wheel lock locked dependencies audit clean bench-lengths
+.PHONY: demo test test-fast test-faults test-lmdeploy test-gpu bench-planner plot-planner lint format types proto wheel lock locked dependencies audit clean bench-lengths
 
 # A generated workload, FCFS and annealing side by side.
 demo: $(READY)
@@ -25,6 +25,10 @@ test-fast: $(READY)
 # torch, name one that has: make test-lmdeploy PIP_OPTIONS="--extra-index-url URL" (see pytorch.org, "Get started").
 test-lmdeploy: $(LMDEPLOY_READY)
 	$(LMDEPLOY_BIN)/python -m pytest tests/with_lmdeploy
+
+# Engines that stall and crash, clocks that jump, planners that raise: a thousand histories in virtual time.
+test-faults: $(READY)
+	$(BIN)/python tests/fault_simulation.py --seeds 1000
 
 # TurboMind itself: needs a CUDA device, and an environment with `pip install -e '.[turbomind,dev]'`.
 test-gpu:
