@@ -87,7 +87,7 @@ def test_a_defect_is_found_and_its_seed_finds_it_again(
     defect: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The simulation is no better than what it finds."""
-    monkeypatch.setattr(fault_simulation, "HORIZON_S", 60.0)
+    monkeypatch.setattr(fault_simulation, "HORIZON_S", 4000.0)
     defect(monkeypatch)
     for seed in range(40):
         try:
