@@ -30,6 +30,14 @@ test-lmdeploy: $(LMDEPLOY_READY)
 test-faults: $(READY)
 	$(BIN)/python tests/fault_simulation.py --seeds 1000
 
+# The server of .venv and a client of another make, grpclib, in an environment of its own that has no grpcio.
+test-interop: $(READY) $(INTEROP_READY)
+	.venv-interop/bin/python -m pytest --confcutdir=tests/interop tests/interop
+
+# Nightly: SEED=n for other inputs; goes on where it was interrupted (.fuzz/progress.json).
+fuzz: $(READY)
+	$(BIN)/python tests/fuzz/runner.py --inputs $(INPUTS) --seed $(SEED)
+
 # TurboMind itself: needs a CUDA device, and an environment with `pip install -e '.[turbomind,dev]'`.
 test-gpu:
 	$(PYTHON) -m pytest tests/with_gpu
@@ -90,7 +98,7 @@ audit: $(READY)
 	$(BIN)/pip-audit --strict --disable-pip --require-hashes -r requirements-dev.lock
 
 clean:
-	rm -rf .venv .venv-lmdeploy dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-lmdeploy .venv-interop .fuzz dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find lmdeploy_slo tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Once, and again when the dependencies change.
@@ -104,3 +112,8 @@ $(LMDEPLOY_READY): pyproject.toml $(LMDEPLOY_NEEDS)
 	$(LMDEPLOY_BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_OPTIONS) -r $(LMDEPLOY_NEEDS) -e .
 	$(LMDEPLOY_BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps lmdeploy==0.18.0
 	touch $(LMDEPLOY_READY)
+
+$(INTEROP_READY): $(INTEROP_NEEDS)
+	$(PYTHON) -m venv .venv-interop
+	.venv-interop/bin/python -m pip install --disable-pip-version-check --quiet -r $(INTEROP_NEEDS)
+	touch $(INTEROP_READY)
