@@ -9,7 +9,14 @@ LMDEPLOY_BIN := .venv-lmdeploy/bin
 LMDEPLOY_READY := .venv-lmdeploy/.ready
 LMDEPLOY_NEEDS := tests/with_lmdeploy/requirements.txt
 
-.PHONY: demo test test-fast test-faults test-lmdeploy test-gpu bench-planner plot-planner lint format types proto wheel lock locked dependencies audit clean bench-lengths
+INTEROP_READY := .venv-interop/.ready
+INTEROP_NEEDS := tests/interop/requirements.txt
+
+# Of the long run of `make fuzz`: how many inputs, and which.
+INPUTS ?= 1000000
+SEED ?= 1
+
+.PHONY: demo test test-fast test-interop fuzz test-faults test-lmdeploy test-gpu bench-planner plot-planner lint format types proto wheel lock locked dependencies audit clean bench-lengths
 
 # A generated workload, FCFS and annealing side by side.
 demo: $(READY)

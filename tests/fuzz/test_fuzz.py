@@ -39,6 +39,7 @@ FOUND: tuple[tuple[str, bytes], ...] = (
     ("client policies", b"[default]\ntightest_slo = { ttft_ms = 5e-324 }"),
     ("plan snapshots", TARGETS["plan snapshots"].examples[0].replace(b"3000", b"5e-324")),
     ("slo options", b"chat=tpot:5e-324"),
+    ("server state", TARGETS["server state"].examples[0].replace(b'"parts": {', b'"parts": {"other": 1e999, ')),
 )
 
 

@@ -98,9 +98,9 @@ GENERATE_EXAMPLES = tuple(
     m.SerializeToString() for m in (_FULL, _CHAT, _IDS, pb.GenerateRequest(text="a"), pb.GenerateRequest())
 )
 _HEADERS = (
-    b"x-llm-d-slo-ttft-ms: 250\nx-llm-d-slo-tpot-ms: 20.5\nx-slo-e2e-ms: 4000\n",
-    b"x-request-id: abc-1\ntraceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01\n",
-    b"x-llm-d-inference-fairness-id: team\nauthorization: Bearer x\n",
+    b"x-llm-d-slo-ttft-ms: 250\nx-llm-d-slo-tpot-ms: 20.5\nx-slo-e2e-ms: 4000",
+    b"x-request-id: abc-1\ntraceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+    b"x-llm-d-inference-fairness-id: team\nauthorization: Bearer x",
     b"",
 )
 _HEADER_WORDS = (*(f"{n}: ".encode() for n in sorted(metadata._NAMES)), b"a" * 400, b": ", b"-bin: ", b"0.0", b".5")
