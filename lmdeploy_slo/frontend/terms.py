@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from lmdeploy_slo.core.slo import NO_SLO, Slo
+from lmdeploy_slo.core.slo import NO_SLO, Slo, seconds_of
 from lmdeploy_slo.errors import FieldViolation, InvalidRequest
 
 MAX_DURATION_MS = 86_400_000.0
@@ -61,7 +61,7 @@ def slo_of(value: Slo | Mapping[str, Any] | None, field: str = "slo") -> Slo:
         if objective is None:
             seconds.append(None)
         elif _is_duration_ms(objective):
-            seconds.append(objective / 1e3)
+            seconds.append(seconds_of(objective))
         else:
             wrong.append(_violation(f"{field}.{name}", "must be above 0 and at most a day, in milliseconds"))
     if wrong:
