@@ -17,7 +17,7 @@ from lmdeploy_slo.core.snapshot import EngineLimits
 from lmdeploy_slo.prediction.length import TaskLengthPredictor
 from lmdeploy_slo.runtime.decisions import PLACES_TOLD, SENT_TOLD, DecisionLimits, DecisionLog
 from lmdeploy_slo.runtime.explanation import Explanation, RequestState
-from lmdeploy_slo.scheduling.admission import Outlook
+from lmdeploy_slo.scheduling.outlook import Outlook
 from lmdeploy_slo.scheduling.rules import RulePolicy, engine_time_s
 from lmdeploy_slo.scheduling.scheduler import Scheduler
 from lmdeploy_slo.testing.builders import A100, make_rows, make_slo, make_spec
@@ -35,7 +35,7 @@ class Story:
 
     def arrive(self, request_id: str, **spec: Any) -> None:
         made = make_spec(request_id, **({"arrival_at_s": self.now_s} | spec))
-        predicted = Outlook(self.scheduler.snapshot(self.now_s)).forecast(made, self.scheduler.forecast(made).tokens)
+        predicted = Outlook(self.scheduler.snapshot(self.now_s)).in_turn(made, self.scheduler.forecast(made).tokens)
         handle = self.handles[request_id] = self.scheduler.add(made)
         self.timings[request_id] = Timing(made.arrival_at_s)
         self.log.accepted(handle, made, predicted, self.timings[request_id], self.now_s)

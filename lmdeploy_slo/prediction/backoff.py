@@ -149,11 +149,11 @@ class BackoffDistribution:
                     if not (isinstance(at, int) and 0 <= at < len(mass) and 0 < weight < _RESCALE_AT):
                         raise ValueError(f"{weight!r} cannot lie in bin {at!r}")
                     mass[at] = weight
-                row = fresh._new_row(_context(context))
+                row = fresh._new_row(context_of(context))
                 fresh._mass[row] = np.cumsum(mass)
                 fresh._total[row] = float(fresh._mass[row, -1])
             for group, losses in state["groups"]:
-                fresh._group(_context(group)).restore(losses)
+                fresh._group(context_of(group)).restore(losses)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a learnt distribution: {error!r}") from error
         for name in ("_rows", "_mass", "_total", "_step", "_groups"):
@@ -264,7 +264,8 @@ def smooth_prior(z: Sequence[float]) -> Floats:
     return np.asarray(prior)
 
 
-def _context(parts: Any) -> Context:
+def context_of(parts: Any) -> Context:
+    """From what JSON makes of one; raises ValueError for anything else."""
     if not isinstance(parts, list) or not all(isinstance(part, (str, int)) for part in parts):
         raise ValueError(f"{parts!r} is not a context")
     return tuple(parts)

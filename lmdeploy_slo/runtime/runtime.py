@@ -101,7 +101,7 @@ class Runtime:
         self._started = self._draining = False
         self._empty = asyncio.Event()
         self._empty.set()
-        self._expectation = Expectation(scheduler, clock, self._report_progress)
+        self._expectation = Expectation(scheduler, clock, self._report_progress, keeps_order=not policy.wants_ticks)
         self.recovery = Recovery(
             engine, self._plans, self.options.hold_s, fail_all=self._fail_all, changed=self._tell_serving_change
         )
@@ -424,6 +424,7 @@ class Runtime:
         live.ticket.leave(live.spec.prompt_tokens + live.output_tokens, self.clock.now_s())
         live.stream.close(outcome)
         try:
+            self._expectation.ended(live.spec, live.predicted, live.timing, status)
             if status is EndStatus.FINISHED:
                 self.scheduler.finish(live.handle, live.output_tokens, self._last_step_at_s)
                 self._learning.finished(live, self._last_step_at_s)

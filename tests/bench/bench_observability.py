@@ -32,7 +32,7 @@ from lmdeploy_slo.prediction.length import TaskLengthPredictor
 from lmdeploy_slo.runtime.decisions import DecisionLog
 from lmdeploy_slo.runtime.observer import EndedRequest
 from lmdeploy_slo.runtime.runtime import Runtime
-from lmdeploy_slo.scheduling.admission import Outlook
+from lmdeploy_slo.scheduling.outlook import Outlook
 from lmdeploy_slo.scheduling.rules import RulePolicy
 from lmdeploy_slo.scheduling.scheduler import Scheduler
 from lmdeploy_slo.testing.builders import A100, make_request, make_slo, make_spec
@@ -64,7 +64,7 @@ def an_end() -> EndedRequest:
     spec = make_spec(slo=make_slo(ttft_ms=1000, tpot_ms=50), task_type="chat")
     snapshot = Scheduler(limits=EngineLimits(), model=A100, lengths=TaskLengthPredictor()).snapshot(0.0)
     timing = Timing(0.0, 0.1, 0.3, 4.0, 100)
-    predicted = Outlook(snapshot).forecast(spec, 100)
+    predicted = Outlook(snapshot).in_turn(spec, 100)
     return EndedRequest(spec, "chat", EndStatus.FINISHED, "stop", timing, True, predicted, 0)
 
 
@@ -85,7 +85,7 @@ def measure_decisions(rounds: int) -> None:
         scheduler = Scheduler(limits=EngineLimits(max_batch_size=10**9), model=A100, lengths=TaskLengthPredictor())
         log, policy = DecisionLog(scheduler), RulePolicy("fcfs")
         now_s, accepted_s, planned_s = 0.0, [], []
-        predicted = Outlook(scheduler.snapshot(now_s)).forecast(make_spec(), 100)
+        predicted = Outlook(scheduler.snapshot(now_s)).in_turn(make_spec(), 100)
         for number in range(waiting + rounds):
             spec = make_spec(f"r{number}", arrival_at_s=now_s)
             handle = scheduler.add(spec)
@@ -118,7 +118,7 @@ def measure_memory() -> None:
     outlook = Outlook(scheduler.snapshot(now_s))
     for number in range(1000 + 20_000):
         spec = make_spec(f"request-{number:032d}", arrival_at_s=now_s)
-        log.accepted(scheduler.add(spec), spec, outlook.forecast(spec, 100), Timing(now_s), now_s)
+        log.accepted(scheduler.add(spec), spec, outlook.in_turn(spec, 100), Timing(now_s), now_s)
         if number < 1000:
             continue
         now_s += 0.06
