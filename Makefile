@@ -43,6 +43,7 @@ test-interop: $(READY) $(INTEROP_READY)
 
 # Nightly: SEED=n for other inputs; goes on where it was interrupted (.fuzz/progress.json).
 fuzz: $(READY)
+	$(BIN)/python -m pytest -q tests/fuzz --hypothesis-profile=explore
 	$(BIN)/python tests/fuzz/runner.py --inputs $(INPUTS) --seed $(SEED)
 
 # TurboMind itself: needs a CUDA device, and an environment with `pip install -e '.[turbomind,dev]'`.
