@@ -200,7 +200,7 @@ _GAUGES: tuple[tuple[str, str, Callable[[RuntimeLoad], float | None]], ...] = (
     ("num_prompt_tokens_waiting", "Prompt tokens of the waiting requests.", lambda load: load.waiting_prompt_tokens),
     ("oldest_wait_seconds", "Since the arrival of whoever waits longest.", lambda load: load.oldest_wait_s or 0.0),
     ("kv_cache_usage_ratio", "Of the KV cache, 0 to 1; absent where unknown.", lambda load: load.kv_usage),
-    ("serving", "1 where new requests are taken, 0 while draining.", lambda load: float(not load.draining)),
+    ("serving", "1 where new requests are taken; 0 while draining, or without an engine.", lambda load: load.serving),
     ("engine_second_price", "What a second of engine time is worth, in requests met.", lambda load: load.price_s),
 )
 
@@ -236,13 +236,17 @@ class _LoadCollector(Collector):
             PREFIX + "slo_attainment_ratio", "slo_met / slo_requests of the last minute.", labels=("task",)
         )
         generated = CounterMetricFamily(PREFIX + "generation_tokens", "Tokens generated.")
+        restarts = CounterMetricFamily(PREFIX + "engine_restarts", "How often the engine was replaced.")
+        retried = CounterMetricFamily(PREFIX + "requests_retried", "Requests that waited again: their engine was gone.")
         if load is not None:
             generated.add_metric((), load.output_tokens)
+            restarts.add_metric((), load.engine_restarts)
+            retried.add_metric((), load.retried)
             for task, counts in load.last_minute.items():
                 if counts.with_slo:
                     attainment.add_metric((task,), counts.slo_met / counts.with_slo)
         yield attainment
-        yield generated
+        yield from (generated, restarts, retried)
         yield from _calibration(None if load is None else load.calibration)
 
 

@@ -17,6 +17,7 @@ from lmdeploy_slo.app import Server, serving
 from lmdeploy_slo.client import AsyncClient
 from lmdeploy_slo.config import load
 from lmdeploy_slo.core.request import FinishReason
+from lmdeploy_slo.engine.supervised import SupervisedEngine
 from lmdeploy_slo.errors import Cancelled, ConfigError, DeadlineExceeded, InvalidRequest, QueueTimeout
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -44,7 +45,9 @@ class Doors:
 
     @property
     def engine(self) -> Any:
-        return self.server.runtime.engine
+        supervised = self.server.runtime.engine
+        assert isinstance(supervised, SupervisedEngine)
+        return supervised.inner
 
     def here(self) -> int:
         """Requests that have arrived and not ended."""
