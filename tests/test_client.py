@@ -178,7 +178,13 @@ def test_a_stream(server: ScriptedServer, connect: Callable[..., Any]) -> None:
 def test_the_other_calls(server: ScriptedServer, connect: Callable[..., Any]) -> None:
     face = connect(server.target)
     server.script = [
-        answers(pb.PredictResponse(predicted=pb.Prediction(e2e_ms=5), queue_position=3, reason="late")),
+        answers(
+            pb.PredictResponse(
+                predicted=pb.Prediction(e2e_ms=5, e2e_ms_interval=pb.Interval(low=4, high=9), slo_probability=0.0),
+                queue_position=3,
+                reason="late",
+            )
+        ),
         answers(pb.AbortResponse(aborted=True)),
         answers(pb.GetModelInfoResponse(model="m", engine="emulated", synthetic=True, max_batch_size=4)),
         answers(
@@ -188,6 +194,8 @@ def test_the_other_calls(server: ScriptedServer, connect: Callable[..., Any]) ->
     ]
     forecast = face.call("predict", "x", e2e_ms=4)
     assert (forecast.predicted.e2e_ms, forecast.would_meet_slo, forecast.queue_position) == (5, None, 3)
+    assert (forecast.predicted.e2e_ms_interval, forecast.predicted.ttft_ms_interval) == (sdk.Interval(4, 9), None)
+    assert forecast.predicted.slo_probability == 0.0
     assert face.call("abort", "r1") is True
     model = face.call("model_info")
     assert (model.model, model.synthetic, model.max_batch_size, model.kv_tokens) == ("m", True, 4, None)

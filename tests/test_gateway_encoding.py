@@ -13,7 +13,7 @@ from lmdeploy_slo.core.slo import Slo, Timing
 from lmdeploy_slo.engine.base import EngineEvent, TokenLogprob
 from lmdeploy_slo.gateway.encoding import MAX_KEPT_BYTES, MAX_KEPT_TOKENS, EventEncoder, add_completion, encode_whole
 from lmdeploy_slo.runtime.stream import Completion, Delta
-from lmdeploy_slo.scheduling.admission import Forecast
+from lmdeploy_slo.scheduling.admission import Forecast, Interval, Intervals
 from lmdeploy_slo.testing.builders import make_slo
 from lmdeploy_slo.v1 import inference_pb2 as pb
 
@@ -27,7 +27,16 @@ def make_completion(slo: Slo, cached_tokens: int | None = None, slo_met: bool | 
         timing=Timing(1.0, dispatched_at_s=1.25, first_token_at_s=2.0, ended_at_s=4.0, output_tokens=5),
         slo=slo,
         slo_met=slo_met,
-        predicted=Forecast(6.5, 0, 0.5, 1.5, None, 2.5),
+        predicted=Forecast(
+            6.5,
+            0,
+            0.5,
+            1.5,
+            None,
+            2.5,
+            Intervals(Interval(3, 9), Interval(0.0, 1.0), Interval(1.25, 2.0), None, Interval(2.0, 4.0)),
+            0.25,
+        ),
         rank=3,
         instance="i-0",
     )
@@ -40,7 +49,17 @@ EXPECTED = pb.Completion(
     finish_reason=pb.FINISH_REASON_LENGTH,
     usage=pb.Usage(prompt_tokens=5, cached_tokens=2, output_tokens=5),
     timing=pb.Timing(queue_ms=250, ttft_ms=1000, tpot_ms=500, e2e_ms=3000),
-    predicted=pb.Prediction(output_tokens=6.5, queue_ms=500, ttft_ms=1500, e2e_ms=2500),
+    predicted=pb.Prediction(
+        output_tokens=6.5,
+        queue_ms=500,
+        ttft_ms=1500,
+        e2e_ms=2500,
+        output_tokens_interval=pb.Interval(low=3, high=9),
+        queue_ms_interval=pb.Interval(low=0, high=1000),
+        ttft_ms_interval=pb.Interval(low=1250, high=2000),
+        e2e_ms_interval=pb.Interval(low=2000, high=4000),
+        slo_probability=0.25,
+    ),
     slo_met=False,
     effective_priority=3,
     instance="i-0",

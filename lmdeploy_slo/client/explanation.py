@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from lmdeploy_slo.client.results import Objectives, Prediction, Timing, plain, values
+from lmdeploy_slo.client.results import Objectives, Prediction, Timing, plain, prediction_of, values
 from lmdeploy_slo.core.request import PriorityClass
 from lmdeploy_slo.v1 import inference_pb2 as pb
 
@@ -110,7 +110,7 @@ def explanation_of(message: pb.ExplainResponse) -> Explanation:
         "state": _STATES.get(message.state),
         "priority_class": _priority_class(message.priority_class),
         "slo": plain(Objectives, message.slo),
-        "predicted": plain(Prediction, message.predicted),
+        "predicted": prediction_of(message.predicted),
         "timing": plain(Timing, message.timing),
         "wait": plain(WaitTime, message.wait),
         "places": tuple(plain(QueuePlace, place) for place in message.places),

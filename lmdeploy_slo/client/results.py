@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from google.protobuf.message import Message
 
@@ -45,15 +45,29 @@ class Timing:
     e2e_ms: float | None
 
 
+class Interval(NamedTuple):
+    """Where eight in ten end up that are told so, one below and one above."""
+
+    low: float
+    high: float
+
+
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The same durations as the server expected them, and the tokens; None where it made no forecast."""
+    """The same durations as the server expected them, and the tokens: medians, then where they may end up; None where
+    it made no forecast. slo_probability: of meeting every objective, None where it carries none."""
 
     output_tokens: float | None
     queue_ms: float | None
     ttft_ms: float | None
     tpot_ms: float | None
     e2e_ms: float | None
+    output_tokens_interval: Interval | None = None
+    queue_ms_interval: Interval | None = None
+    ttft_ms_interval: Interval | None = None
+    tpot_ms_interval: Interval | None = None
+    e2e_ms_interval: Interval | None = None
+    slo_probability: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +127,9 @@ class StreamChunk:
 class Forecast:
     """What would become of a request sent now.
 
-    would_meet_slo: None where it carries no objective. queue_position: waiting requests that would go before it.
-    reason: why it would not meet its objectives, in words; empty otherwise. slo: the objectives it would be held to.
+    would_meet_slo: that is at least as likely as not, and it would be taken; None where it carries no objective.
+    queue_position: waiting requests that would go before it. reason: why it would not meet its objectives, in words;
+    empty otherwise. slo: the objectives it would be held to.
     """
 
     predicted: Prediction
@@ -244,7 +259,7 @@ def chunk_of(message: pb.GenerateStreamResponse) -> StreamChunk:
 
 
 def forecast_of(message: pb.PredictResponse) -> Forecast:
-    nested = {"predicted": plain(Prediction, message.predicted), "slo": plain(Objectives, message.slo)}
+    nested = {"predicted": prediction_of(message.predicted), "slo": plain(Objectives, message.slo)}
     return Forecast(**values(Forecast, message, nested))
 
 
@@ -272,10 +287,19 @@ def _completion(message: pb.Completion) -> Completion:
         "finish_reason": _FINISH_REASONS.get(message.finish_reason),
         "usage": plain(Usage, message.usage),
         "timing": plain(Timing, message.timing),
-        "predicted": plain(Prediction, message.predicted),
+        "predicted": prediction_of(message.predicted),
         "slo": plain(Objectives, message.slo),
     }
     return Completion(**values(Completion, message, nested))
+
+
+def prediction_of(message: pb.Prediction) -> Prediction:
+    intervals = [field.name for field in fields(Prediction) if field.name.endswith("_interval")]
+    nested = {
+        name: Interval(getattr(message, name).low, getattr(message, name).high) if message.HasField(name) else None
+        for name in intervals
+    }
+    return Prediction(**values(Prediction, message, nested))
 
 
 def _logprobs(entries: Any) -> Logprobs:

@@ -98,13 +98,26 @@ def to_timing(timing: Timing) -> pb.Timing:
 
 
 def to_prediction(expected: Forecast) -> pb.Prediction:
-    return pb.Prediction(
+    message = pb.Prediction(
         output_tokens=expected.output_tokens,
         queue_ms=_ms(expected.queue_s),
         ttft_ms=_ms(expected.ttft_s),
         tpot_ms=_ms(expected.tpot_s),
         e2e_ms=_ms(expected.e2e_s),
+        slo_probability=expected.chance,
     )
+    within = expected.intervals
+    if within is not None:
+        message.output_tokens_interval.low, message.output_tokens_interval.high = within.output_tokens
+        for interval, place in (
+            (within.queue_s, message.queue_ms_interval),
+            (within.ttft_s, message.ttft_ms_interval),
+            (within.e2e_s, message.e2e_ms_interval),
+        ):
+            place.low, place.high = interval.low * 1e3, interval.high * 1e3
+        if within.tpot_s is not None:
+            message.tpot_ms_interval.low, message.tpot_ms_interval.high = (1e3 * end for end in within.tpot_s)
+    return message
 
 
 def to_slo(slo: Slo) -> pb.Slo | None:

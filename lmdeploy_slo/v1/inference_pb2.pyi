@@ -235,18 +235,38 @@ class Timing(_message.Message):
     def __init__(self, queue_ms: _Optional[float] = ..., ttft_ms: _Optional[float] = ..., tpot_ms: _Optional[float] = ..., e2e_ms: _Optional[float] = ...) -> None: ...
 
 class Prediction(_message.Message):
-    __slots__ = ("output_tokens", "queue_ms", "ttft_ms", "tpot_ms", "e2e_ms")
+    __slots__ = ("output_tokens", "queue_ms", "ttft_ms", "tpot_ms", "e2e_ms", "output_tokens_interval", "queue_ms_interval", "ttft_ms_interval", "tpot_ms_interval", "e2e_ms_interval", "slo_probability")
     OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
     TTFT_MS_FIELD_NUMBER: _ClassVar[int]
     TPOT_MS_FIELD_NUMBER: _ClassVar[int]
     E2E_MS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_INTERVAL_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_MS_INTERVAL_FIELD_NUMBER: _ClassVar[int]
+    TTFT_MS_INTERVAL_FIELD_NUMBER: _ClassVar[int]
+    TPOT_MS_INTERVAL_FIELD_NUMBER: _ClassVar[int]
+    E2E_MS_INTERVAL_FIELD_NUMBER: _ClassVar[int]
+    SLO_PROBABILITY_FIELD_NUMBER: _ClassVar[int]
     output_tokens: float
     queue_ms: float
     ttft_ms: float
     tpot_ms: float
     e2e_ms: float
-    def __init__(self, output_tokens: _Optional[float] = ..., queue_ms: _Optional[float] = ..., ttft_ms: _Optional[float] = ..., tpot_ms: _Optional[float] = ..., e2e_ms: _Optional[float] = ...) -> None: ...
+    output_tokens_interval: Interval
+    queue_ms_interval: Interval
+    ttft_ms_interval: Interval
+    tpot_ms_interval: Interval
+    e2e_ms_interval: Interval
+    slo_probability: float
+    def __init__(self, output_tokens: _Optional[float] = ..., queue_ms: _Optional[float] = ..., ttft_ms: _Optional[float] = ..., tpot_ms: _Optional[float] = ..., e2e_ms: _Optional[float] = ..., output_tokens_interval: _Optional[_Union[Interval, _Mapping]] = ..., queue_ms_interval: _Optional[_Union[Interval, _Mapping]] = ..., ttft_ms_interval: _Optional[_Union[Interval, _Mapping]] = ..., tpot_ms_interval: _Optional[_Union[Interval, _Mapping]] = ..., e2e_ms_interval: _Optional[_Union[Interval, _Mapping]] = ..., slo_probability: _Optional[float] = ...) -> None: ...
+
+class Interval(_message.Message):
+    __slots__ = ("low", "high")
+    LOW_FIELD_NUMBER: _ClassVar[int]
+    HIGH_FIELD_NUMBER: _ClassVar[int]
+    low: float
+    high: float
+    def __init__(self, low: _Optional[float] = ..., high: _Optional[float] = ...) -> None: ...
 
 class PredictRequest(_message.Message):
     __slots__ = ("request",)

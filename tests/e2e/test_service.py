@@ -44,7 +44,11 @@ async def test_predict_says_whether_a_request_would_meet_its_slo() -> None:
     async with served(batch_size=1) as server:
         server.runtime.scheduler.model = StepModel(0.01, 0, 0, 0, 0)
         idle = await predict(server, expected_output_tokens=100, slo=pb.Slo(e2e_ms=1000))
-        assert idle.predicted == pb.Prediction(output_tokens=100, queue_ms=0, ttft_ms=10, tpot_ms=10, e2e_ms=1000)
+        told = idle.predicted
+        medians = (told.output_tokens, told.queue_ms, told.ttft_ms, told.tpot_ms, told.e2e_ms)
+        assert medians == (100, 0, 10, 10, 1000)
+        assert told.e2e_ms_interval.low < 1000 < told.e2e_ms_interval.high
+        assert told.slo_probability == pytest.approx(0.5)
         assert idle.would_meet_slo is True
         assert (idle.queue_position, idle.reason, idle.slo) == (0, "", pb.Slo(e2e_ms=1000))
 
