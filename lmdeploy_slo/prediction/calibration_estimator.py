@@ -187,7 +187,7 @@ class StepEstimator:
     def _solved(self, pull: Floats) -> Floats:
         """The step to take. Should rounding ever have worn the information out, it begins afresh from here."""
         try:
-            step: Floats = np.linalg.solve(self._information, pull)
+            step = np.asarray(np.linalg.solve(self._information, pull), dtype=np.float64)
         except np.linalg.LinAlgError:
             step = np.full(5, np.nan)
         if not math.isfinite(sum(step.tolist())):

@@ -23,7 +23,8 @@ class Drift:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.at_s) and self.at_s >= 0):
             raise ValueError(f"at_s must be 0 or more, got {self.at_s}")
-        if len(self.factors) != 5 or not all(math.isfinite(f) and f > 0 for f in self.factors):
+        factors: tuple[float, ...] = self.factors
+        if len(factors) != 5 or not all(math.isfinite(f) and f > 0 for f in factors):
             raise ValueError(f"factors must be five positive numbers, got {self.factors}")
 
     def of(self, model: StepModel) -> StepModel:
