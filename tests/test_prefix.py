@@ -27,6 +27,14 @@ def test_nothing_is_expected_of_an_engine_that_never_said_anything() -> None:
     assert prefixes.predict(turn(1500, "c", 2.0)) == 0
 
 
+def test_a_new_engine_has_no_conversation_in_its_cache() -> None:
+    prefixes = PrefixPredictor()
+    talk(prefixes, "c", 5)
+    before, first = prefixes.predict(turn(2000, "c", 60.0)), prefixes.predict(turn(2000, "another", 60.0))
+    prefixes.forget_conversations()
+    assert prefixes.predict(turn(2000, "c", 60.0)) == first < before
+
+
 def talk(prefixes: PrefixPredictor, name: str, turns: int, at_s: float = 0.0, kept: float = 1.0) -> list[float]:
     """A conversation whose cache keeps a share of what the last turn left; the forecasts made for its turns."""
     forecasts, prompt, left = [], 300, 0

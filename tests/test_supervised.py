@@ -18,6 +18,8 @@ from lmdeploy_slo.engine.base import EngineLoad
 from lmdeploy_slo.engine.supervised import EngineState, SupervisedEngine, Supervision
 from lmdeploy_slo.errors import EngineUnavailable, QueueTimeout, RequestError
 from lmdeploy_slo.prediction.length import TaskLengthPredictor
+from lmdeploy_slo.prediction.prefix import PrefixPredictor
+from lmdeploy_slo.runtime.explanation import RequestState
 from lmdeploy_slo.runtime.live import RuntimeOptions
 from lmdeploy_slo.runtime.runtime import Runtime
 from lmdeploy_slo.runtime.stream import Completion, RequestStream
@@ -218,6 +220,46 @@ async def test_who_saw_no_token_is_tried_again_and_who_did_is_told(bench: Bench)
     assert (load.retried, load.engine_restarts) == (1, 1)
     assert load.ended[EndStatus.FAILED] == 1
     assert [serving for _, serving in bench.serving] == [False, True]
+
+
+@bench()
+async def test_why_it_waited_is_told_of_the_wait_for_the_engine_too(bench: Bench) -> None:
+    stream = bench.submit()
+    await bench.engine.has("r")
+    bench.engine.crash()
+    await turns()
+    told = bench.runtime.journal.explain("r")
+    assert told is not None
+    assert (told.state, told.sent) == (RequestState.WAITING, None)
+    await bench.up()
+    bench.engine.step("r")
+    assert isinstance(await outcome(stream), Completion)
+    told = bench.runtime.journal.explain("r")
+    assert told is not None
+    assert told.state is RequestState.ENDED
+    assert told.sent is not None
+    assert told.waited_s == pytest.approx(OPTIONS.backoff_s, abs=0.1)
+
+
+@bench()
+async def test_what_conversations_left_in_the_old_cache_is_forgotten(bench: Bench) -> None:
+    prefixes = bench.runtime.scheduler.prefixes = PrefixPredictor()
+    for number in range(5):
+        spec = make_spec(f"turn{number}", prompt_tokens=100 + 100 * number, conversation_id="c")
+        prefixes.observe(spec, 100 * number, float(number))
+    for request_id in ("a", "b"):
+        bench.submit(request_id)
+    await bench.engine.has("a", "b")
+    bench.submit("next", prompt_tokens=600, conversation_id="c")
+    await turns()
+    (row,) = bench.runtime.scheduler.snapshot(0.0).waiting
+    assert row["cached_tokens"] > 400
+    bench.engine.crash()
+    await bench.up()
+    await bench.engine.has("a", "b")
+    (row,) = bench.runtime.scheduler.snapshot(0.0).waiting
+    assert row["cached_tokens"] < 100
+    assert row["prompt_tokens"] + row["cached_tokens"] == 600
 
 
 @bench()

@@ -127,6 +127,10 @@ class PrefixPredictor:
         if self.observed:
             self._remember(spec, spec.prompt_tokens + output_tokens, at_s)
 
+    def forget_conversations(self) -> None:
+        """The cache is empty: an engine was started anew. What tasks have in common stays."""
+        self._conversations.clear()
+
     @property
     def mean_error_tokens(self) -> float:
         """Mean |predicted - cached| of late, tokens."""

@@ -16,6 +16,7 @@ from lmdeploy_slo.engine.base import Engine
 from lmdeploy_slo.engine.supervised import EngineState, SupervisedEngine
 from lmdeploy_slo.errors import EngineUnavailable
 from lmdeploy_slo.runtime.plan_loop import PlanLoop
+from lmdeploy_slo.scheduling.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ class Recovery:
     def __init__(
         self,
         engine: Engine,
+        scheduler: Scheduler,
         plans: PlanLoop,
         hold_s: float,
         *,
@@ -36,6 +38,7 @@ class Recovery:
         self.lost = asyncio.Event()
         self.up = True
         self._engine = engine if isinstance(engine, SupervisedEngine) else None
+        self._scheduler = scheduler
         self._plans = plans
         self._hold_s = hold_s
         self._fail_all = fail_all
@@ -77,6 +80,7 @@ class Recovery:
         loop = asyncio.get_running_loop()
         if state is EngineState.UP:
             self._stop_holding()
+            self._scheduler.on_new_engine()
             self._plans.resume()
         else:
             self._plans.pause()

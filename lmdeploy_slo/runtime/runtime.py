@@ -103,7 +103,7 @@ class Runtime:
         self._empty.set()
         self._expectation = Expectation(scheduler, clock, self._report_progress, keeps_order=not policy.wants_ticks)
         self.recovery = Recovery(
-            engine, self._plans, self.options.hold_s, fail_all=self._fail_all, changed=self._tell_serving_change
+            engine, scheduler, self._plans, self.options.hold_s, fail_all=self._fail_all, changed=self._tell_serving
         )
 
     # -- life -----------------------------------------------------------------
@@ -311,7 +311,7 @@ class Runtime:
             live.queue_timer = asyncio.get_running_loop().call_later(left_s, self._on_queue_timeout, live)
         self.journal.requeued(live)
 
-    def _tell_serving_change(self) -> None:
+    def _tell_serving(self) -> None:
         if self.on_serving_change is not None:
             self.on_serving_change()
 

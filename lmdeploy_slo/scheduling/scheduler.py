@@ -147,6 +147,13 @@ class Scheduler:
             self.prefixes.observe(spec, cached_tokens, at_s)
             self._expect_anew(spec)
 
+    def on_new_engine(self) -> None:
+        """Its prefix cache is empty."""
+        if self.prefixes is not None:
+            self.prefixes.forget_conversations()
+            for handles in self._turns.values():
+                self._expect_anew(self._specs[next(iter(handles))])
+
     def finish(self, handle: int, output_tokens: int, at_s: float | None = None) -> None:
         """A running request ran to its end with `output_tokens`: its slot is free, its length is learnt, and, where
         the instant is told, that the next turn of its conversation may find it in the prefix cache."""
