@@ -15,8 +15,10 @@ INTEROP_NEEDS := tests/interop/requirements.txt
 # Of the long run of `make fuzz`: how many inputs, and which.
 INPUTS ?= 1000000
 SEED ?= 1
+SECONDS ?= 60
+FUZZ_READY := .venv-fuzz/.ready
 
-.PHONY: demo test test-fast test-interop fuzz test-faults test-lmdeploy test-gpu bench-planner plot-planner lint format types proto wheel lock locked dependencies audit clean bench-lengths
+.PHONY: demo test test-fast test-interop fuzz fuzz-guided test-faults test-lmdeploy test-gpu bench-planner plot-planner lint format types proto wheel lock locked dependencies audit clean bench-lengths
 
 # A generated workload, FCFS and annealing side by side.
 demo: $(READY)
@@ -45,6 +47,10 @@ test-interop: $(READY) $(INTEROP_READY)
 fuzz: $(READY)
 	$(BIN)/python -m pytest -q tests/fuzz --hypothesis-profile=explore
 	$(BIN)/python tests/fuzz/runner.py --inputs $(INPUTS) --seed $(SEED)
+
+# The same targets under atheris, SECONDS for each, in an environment of its own.
+fuzz-guided: $(FUZZ_READY)
+	.venv-fuzz/bin/python tests/fuzz/guided.py --seconds $(SECONDS) --seed $(SEED)
 
 # TurboMind itself: needs a CUDA device, and an environment with `pip install -e '.[turbomind,dev]'`.
 test-gpu:
@@ -106,7 +112,7 @@ audit: $(READY)
 	$(BIN)/pip-audit --strict --disable-pip --require-hashes -r requirements-dev.lock
 
 clean:
-	rm -rf .venv .venv-lmdeploy .venv-interop .fuzz dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-lmdeploy .venv-interop .venv-fuzz .fuzz dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find lmdeploy_slo tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Once, and again when the dependencies change.
@@ -125,3 +131,8 @@ $(INTEROP_READY): $(INTEROP_NEEDS)
 	$(PYTHON) -m venv .venv-interop
 	.venv-interop/bin/python -m pip install --disable-pip-version-check --quiet -r $(INTEROP_NEEDS)
 	touch $(INTEROP_READY)
+
+$(FUZZ_READY): pyproject.toml tests/fuzz/requirements.txt
+	$(PYTHON) -m venv .venv-fuzz
+	.venv-fuzz/bin/python -m pip install --disable-pip-version-check --quiet -r tests/fuzz/requirements.txt -e .
+	touch $(FUZZ_READY)

@@ -1,0 +1,270 @@
+"""What the gateway and the scheduler add to the time to first token of the bare engine, at light load.
+
+    python tests/bench/bench_latency.py [--pairs 5] [--requests 300] [--rate 10] [--policy annealing]
+
+The emulated engine in four settings, with the same requests at the same Poisson instants:
+
+    engine   in the process of its caller: submit, wait for the first token
+    service  in the process of its caller: the gateway's own call, from its bytes to its first message, and with it
+             limits, validation, forecast, admission, plan, dispatch and stream
+    bare     behind a grpc.aio server that does nothing but parse, tokenise, submit and write
+    gateway  the whole server behind gRPC
+
+Servers and client are processes of their own, on uvloop. A pair is one run of each setting, every other time in
+reverse, so that other load on the machine falls on all alike. Of every request the time from the call to its first
+token is taken where the call is made; what is told are differences of percentiles, and their medians over the pairs.
+`nothing` is a second run of the bare server less the first: so far noise alone goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import uvloop
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from bench_streaming import METHOD, hung_up, spawn
+
+from lmdeploy_slo.clock import MonotonicClock
+from lmdeploy_slo.core.latency_model import StepModel
+from lmdeploy_slo.core.snapshot import EngineLimits
+from lmdeploy_slo.engine.base import EngineEvent, EngineRequest, Stopping
+from lmdeploy_slo.engine.emulated import EmulatedEngine
+from lmdeploy_slo.gateway.options import GatewayOptions
+from lmdeploy_slo.gateway.server import Gateway
+from lmdeploy_slo.gateway.service import SERVICE_NAME, InferenceService
+from lmdeploy_slo.prediction.length import TaskLengthPredictor
+from lmdeploy_slo.runtime.runtime import Runtime, RuntimeOptions
+from lmdeploy_slo.scheduling.policy import make_policy
+from lmdeploy_slo.scheduling.scheduler import Scheduler
+from lmdeploy_slo.v1 import inference_pb2 as pb
+
+LIMITS = EngineLimits(max_batch_size=64)
+MODEL = StepModel(c0=5e-3, p1=2e-5, p2=0.0, d1=2e-5, d2=0.0)
+TOKENS = 4
+Measured = tuple[list[float], float]
+TEXT = "How much does a gateway add to the time until a user sees something? " * 4
+
+
+class BareEngine:
+    """The engine and who waits for its first tokens."""
+
+    def __init__(self) -> None:
+        self.engine = EmulatedEngine(MODEL, LIMITS, MonotonicClock())
+        self._waiting: dict[str, asyncio.Future[EngineEvent]] = {}
+        self._number = 0
+
+    async def start(self) -> None:
+        await self.engine.start(self._sink)
+
+    async def first_token(self, prompt_token_ids: list[int]) -> EngineEvent:
+        self._number += 1
+        name = str(self._number)
+        first = self._waiting[name] = asyncio.get_running_loop().create_future()
+        stopping = Stopping(max_new_tokens=TOKENS)
+        request = EngineRequest(name, prompt_token_ids, stopping=stopping, emulated_output_tokens=TOKENS)
+        self.engine.submit(request, 0)
+        return await first
+
+    def _sink(self, events: Any, at_s: float) -> None:
+        for event in events:
+            waiting = self._waiting.pop(event.request_id, None)
+            if waiting is not None and event.token_ids:
+                waiting.set_result(event)
+
+
+def serve_bare(pipe: Connection) -> None:
+    async def main() -> None:
+        bare = BareEngine()
+        await bare.start()
+
+        async def stream(data: bytes, context: Any) -> None:
+            request = pb.GenerateRequest.FromString(data)
+            event = await bare.first_token(bare.engine.tokenizer.encode(request.text))
+            message = pb.GenerateStreamResponse(token_ids=event.token_ids, text=event.text)
+            await context.write(message.SerializeToString())
+
+        server = grpc.aio.server()
+        handlers = {"GenerateStream": grpc.unary_stream_rpc_method_handler(stream)}
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        pipe.send(port)
+        await hung_up(pipe)
+        await server.stop(0)
+
+    uvloop.run(main())
+
+
+def new_runtime(policy: str) -> Runtime:
+    """As `serve` has it."""
+    clock = MonotonicClock()
+    scheduler = Scheduler(limits=LIMITS, model=MODEL, lengths=TaskLengthPredictor())
+    engine = EmulatedEngine(MODEL, LIMITS, clock)
+    return Runtime(engine, scheduler, make_policy(policy, seed=0), clock, RuntimeOptions())
+
+
+class InProcess:
+    """A call of the service without gRPC; ended at its first message for who waits."""
+
+    def __init__(self) -> None:
+        self.first_s = 0.0
+
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return ()
+
+    def time_remaining(self) -> None:
+        return None
+
+    def set_trailing_metadata(self, trailing: Any) -> None:
+        pass
+
+    async def write(self, message: bytes) -> None:
+        self.first_s = self.first_s or time.perf_counter()
+
+
+def serve_gateway(pipe: Connection) -> None:
+    async def main() -> None:
+        runtime = new_runtime(pipe.recv())
+        await runtime.start()
+        gateway = Gateway(runtime)
+        pipe.send(await gateway.start("127.0.0.1", 0))
+        await hung_up(pipe)
+        await gateway.close()
+        await runtime.close()
+
+    uvloop.run(main())
+
+
+def run_client(pipe: Connection) -> None:
+    """(port, or "engine", or a policy for the service; seed; requests; rate) -> times to first token, and the CPU time
+    of this process; seconds."""
+    request = pb.GenerateRequest(
+        text=TEXT,
+        slo=pb.Slo(ttft_ms=200, tpot_ms=50),
+        stopping=pb.StoppingParams(max_new_tokens=TOKENS),
+        emulation=pb.Emulation(output_tokens=TOKENS),
+    ).SerializeToString()
+
+    async def offer(first_token: Callable[[], Any], seed: int, requests: int, rate: float) -> Measured:
+        draw, took_s = random.Random(seed), list[float]()
+
+        async def one() -> None:
+            began_s = time.perf_counter()
+            ended_s = await first_token()
+            took_s.append(ended_s - began_s)
+
+        calls, cpu_s = [], time.process_time()
+        for _ in range(requests):
+            calls.append(asyncio.create_task(one()))
+            await asyncio.sleep(draw.expovariate(rate))
+        await asyncio.gather(*calls)
+        return took_s, time.process_time() - cpu_s
+
+    async def run(port: int | str, seed: int, requests: int, rate: float) -> Measured:
+        if isinstance(port, str) and port != "engine":
+            runtime = new_runtime(port)
+            await runtime.start()
+            service: Any = InferenceService(runtime, GatewayOptions())
+
+            async def called() -> float:
+                call = InProcess()
+                await service.generate_stream(request, call)
+                return call.first_s
+
+            measured = await offer(called, seed, requests, rate)
+            await runtime.close()
+            return measured
+        if port == "engine":
+            bare = BareEngine()
+            await bare.start()
+            ids = bare.engine.tokenizer.encode(TEXT)
+
+            async def alone() -> float:
+                await bare.first_token(ids)
+                return time.perf_counter()
+
+            measured = await offer(alone, seed, requests, rate)
+            await bare.engine.close()
+            return measured
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            await channel.channel_ready()
+            method = channel.unary_stream(METHOD)
+
+            async def over_grpc() -> float:
+                call, first_s = method(request), 0.0
+                async for _ in call:
+                    first_s = first_s or time.perf_counter()
+                return first_s
+
+            return await offer(over_grpc, seed, requests, rate)
+
+    while (job := pipe.recv()) is not None:
+        pipe.send(uvloop.run(run(*job)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=300)
+    parser.add_argument(
+        "--rate", type=float, default=10.0, help="requests a second; each keeps the engine busy for 20 ms"
+    )
+    parser.add_argument("--policy", default="annealing")
+    args = parser.parse_args()
+    client, bare, gateway = spawn(run_client), spawn(serve_bare), spawn(serve_gateway)
+    gateway.send(args.policy)
+    port = bare.recv()
+    ports = {"engine": "engine", "service": args.policy, "bare": port, "gateway": gateway.recv(), "again": port}
+
+    cpu_ms: dict[str, list[float]] = {"engine": [], "service": []}
+
+    def percentiles(setting: str, seed: int, requests: int) -> tuple[float, float]:
+        client.send((ports[setting], seed, requests, args.rate))
+        took_s, cpu_s = client.recv()
+        if setting in cpu_ms and seed:
+            cpu_ms[setting].append(cpu_s * 1e3 / requests)
+        p50, p99 = np.percentile(took_s, (50, 99)) * 1e3
+        return float(p50), float(p99)
+
+    for setting in ports:
+        percentiles(setting, 0, 50)  # warm up
+    print("TTFT, ms  " + "".join(f"{setting:>16}" for setting in ports) + "   (p50 p99)")
+    differences = {
+        "service over engine": ("service", "engine"),
+        "gateway over bare gRPC": ("gateway", "bare"),
+        "gateway over engine": ("gateway", "engine"),
+        "nothing": ("again", "bare"),
+    }
+    added: dict[str, list[tuple[float, float]]] = {name: [] for name in differences}
+    for pair in range(1, args.pairs + 1):
+        order = list(ports) if pair % 2 else list(ports)[::-1]
+        found = {setting: percentiles(setting, pair, args.requests) for setting in order}
+        for name, (more, less) in differences.items():
+            added[name].append((found[more][0] - found[less][0], found[more][1] - found[less][1]))
+        print(f"pair {pair:<5}" + "".join(f"{found[s][0]:9.2f}{found[s][1]:7.2f}" for s in ports), flush=True)
+    print("\nadded, ms: medians over the pairs (each pair)")
+    for name, pairs in added.items():
+        p50s, p99s = zip(*pairs, strict=True)
+        for what, values in (("p50", p50s), ("p99", p99s)):
+            told = ", ".join(f"{value:.2f}" for value in values)
+            print(f"  {name:24}{what} {statistics.median(values):6.2f}   ({told})")
+    engine_ms, service_ms = (statistics.median(cpu_ms[setting]) for setting in ("engine", "service"))
+    print(f"CPU, ms a request of {TOKENS} tokens, with who calls: engine {engine_ms:.2f}, service {service_ms:.2f}")
+    client.send(None)
+
+
+if __name__ == "__main__":
+    main()
