@@ -127,7 +127,7 @@ def hopeful_rows(rows, now_s, pace, spread, base) -> list[bool]:
 
 def plain_rollout(admit, n, pace, base, spans, stakes, candidates) -> float:
     """Runs span after span with every candidate kept apart."""
-    ends_at = [0.0]
+    ends_at, quiet = [0.0], [0.0]
     for k in range(spans + 1):
         start, width = STARTS[k], 1 if k < FINE else COARSE
         decode, stall = base[0][k], base[1][k] if k < FINE else 0.0
@@ -139,8 +139,14 @@ def plain_rollout(admit, n, pace, base, spans, stakes, candidates) -> float:
                 for step in range(start, start + width):
                     decode += pace.d1 + pace.d2 * (candidates.prompt[j] + step - admit[j] - 1)
         ends_at.append(ends_at[-1] + decode + max(stall, pace.background * decode))
+        quiet.append(quiet[-1] + decode + stall)
 
-    score = sum(weight for end, deadline, weight in stakes if instant(ends_at, end) <= deadline)
+    score = 0.0
+    for end, deadline, weight in stakes:
+        if instant(ends_at, end) <= deadline:
+            score += weight
+        elif instant(quiet, end) <= deadline:
+            score += weight * pace.doubt
     for j in range(n):
         if admit[j] >= FINE:
             continue

@@ -36,7 +36,7 @@ from lmdeploy_slo.scheduling.policy import SearchBudget
 from lmdeploy_slo.scheduling.rules import rule_order
 
 MODEL = StepModel(c0=0.01025, p1=4.752e-5, p2=1.13e-9, d1=2.377e-5, d2=3.67e-8)
-PACE = arrays.Pace(MODEL.c0, MODEL.p1, MODEL.p2, MODEL.d1, MODEL.d2, 0.4)
+PACE = arrays.Pace(MODEL.c0, MODEL.p1, MODEL.p2, MODEL.d1, MODEL.d2, 0.5, 0.4)
 SPREAD = np.linspace(-1.0, 1.0, QUANTILES) * 0.8
 NOW_S = 100.0
 

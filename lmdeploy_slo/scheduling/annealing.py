@@ -79,6 +79,8 @@ class AnnealingOptions:
     its engine time; in a lull it pays less, so that lulls are used. leftovers_per_plan: how many may start at once.
     commitment: worth of a running request in terms of a waiting one; above 1, because what was spent on it is lost with
     it, and whoever takes its place may be given up in turn.
+    doubt: part of its worth that a running request keeps which misses only by the stall that recent arrivals suggest:
+    whether those are let in is the policy's own choice.
     search: what a plan is made by: "annealing" is all of it, "greedy" stops before annealing, "portfolio" tries the
     rules alone; for comparisons.
     """
@@ -97,6 +99,7 @@ class AnnealingOptions:
     congestion_s: float = 0.5
     leftovers_per_plan: int = 4
     commitment: float = 2.0
+    doubt: float = 0.5
     search: str = "annealing"
 
     def __post_init__(self) -> None:
@@ -210,7 +213,7 @@ class AnnealingPolicy:
         if QUANTILES * len(running) > len(self._stakes.end):
             self._stakes = make_stakes(2 * QUANTILES * len(running))
         duty = min(self._price.duty, self._most_background(snapshot))
-        pace = Pace(model.c0, model.p1, model.p2, model.d1, model.d2, duty / (1.0 - duty))
+        pace = Pace(model.c0, model.p1, model.p2, model.d1, model.d2, options.doubt, duty / (1.0 - duty))
         worth = options.commitment * self._worth_of(running)
         at_stake, spans = kernel.look_at_running(
             running, worth, snapshot.now_s, pace, self._spread, self._base, self._stakes

@@ -35,6 +35,7 @@ class Pace(NamedTuple):
     p2: float
     d1: float
     d2: float
+    doubt: float  # part of its worth that a running request keeps which only that stall makes miss
     background: float  # stall by requests still to come, as a multiple of each pass's decode time
 
 
@@ -77,6 +78,7 @@ class Scratch(NamedTuple):
     context: Floats
     prefill: Floats
     times: Floats
+    quiet: Floats  # the same without stall by requests still to come
 
 
 def make_base() -> Base:

@@ -203,7 +203,7 @@ def take_candidates(rows: Any, chosen: Any, worth: Any, now_s: Any, pace: Any, s
 def rollout(admit: Any, n: Any, pace: Any, base: Any, spans: Any, stakes: Any, at_stake: Any, candidates: Any,
             scratch: Any) -> Any:  # fmt: skip
     """Worth of the requests expected to meet, less the price of the work admitted, under admission steps `admit`."""
-    joining, context, prefill, times = scratch
+    joining, context, prefill, times, quiet = scratch
     for k in range(spans + 1):
         joining[k] = 0.0
         context[k] = 0.0
@@ -223,12 +223,16 @@ def rollout(admit: Any, n: Any, pace: Any, base: Any, spans: Any, stakes: Any, a
     sequences = 0.0
     tokens = 0.0
     times[0] = 0.0
+    quiet_time = 0.0
+    quiet[0] = 0.0
     for k in range(FINE):
         tokens += sequences + context[k]
         sequences += joining[k]
         decode = base.decode[k] + pace.d1 * sequences + pace.d2 * tokens
         time += decode + max(prefill[k], pace.background * decode)
         times[k + 1] = time
+        quiet_time += decode + prefill[k]
+        quiet[k + 1] = quiet_time
     tokens += sequences
     slower = 1.0 + pace.background
     last = 0.0
@@ -236,13 +240,16 @@ def rollout(admit: Any, n: Any, pace: Any, base: Any, spans: Any, stakes: Any, a
         tokens += context[k]
         sequences += joining[k]
         last = base.decode[k] + COARSE * (pace.d1 * sequences + pace.d2 * (tokens + sequences * (COARSE - 1) * 0.5))
-        last *= slower
-        time += last
+        time += last * slower
         times[k + 1] = time
+        quiet_time += last
+        quiet[k + 1] = quiet_time
         tokens += sequences * COARSE
     for i in range(at_stake):
         if at_step(times, spans, stakes.end[i]) <= stakes.deadline[i]:
             score += stakes.weight[i]
+        elif at_step(quiet, spans, stakes.end[i]) <= stakes.deadline[i]:
+            score += stakes.weight[i] * pace.doubt
     for j in range(n):
         at = admit[j]
         if at >= FINE:
