@@ -260,7 +260,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     path = options.json or options.out / ("planner-quick.json" if options.quick else "planner.json")
-    options.out.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     document = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if "time" in options.names:
         document["time"] = {**about(), **time_section()}

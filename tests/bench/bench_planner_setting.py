@@ -121,12 +121,12 @@ OTHERS = [
     _other("h200, x4", profile="h200-qwen2.5-7b", speedup=4.0),
     _other("h200, x6", profile="h200-qwen2.5-7b", speedup=6.0),
     _other("a100 Llama-2-7B, x1", profile="a100-llama2-7b-turbomind"),
-    _other("70B-like on four cards, x0.25", profile="made-up-70b-tp4", speedup=0.25),
-    _other("70B-like on four cards, x0.5", profile="made-up-70b-tp4", speedup=0.5),
+    _other("70B-like on four cards, x0.15", profile="made-up-70b-tp4", speedup=0.15),
+    _other("70B-like on four cards, x0.3", profile="made-up-70b-tp4", speedup=0.3),
     _other("ten times slower, SLO x5, x0.1", profile="made-up-10x", slo_scale=5.0, speedup=0.1),
     _other("all chat, x1.5", trace="chat", speedup=1.5),
     _other("all chat, x3", trace="chat", speedup=3.0),
-    _other("all code, x1.5", trace="code", speedup=1.5),
+    _other("all code, x1", trace="code"),
     _other("all code, x3", trace="code", speedup=3.0),
     _other("classification, x1", trace="classification", slos=("label=e2e:500",)),
     _other("classification, x2", trace="classification", speedup=2.0, slos=("label=e2e:1000",)),
@@ -143,7 +143,7 @@ OTHERS = [
     _other("all three, x0.8", slos=_ALL_THREE, speedup=0.8),
     _other("all three, x1.5", slos=_ALL_THREE, speedup=1.5),
     _other("generated workload, x1", trace="generated"),
-    _other("Mooncake, x0.5", trace="mooncake", slos=("default=ttft:5000,tpot:100",), speedup=0.5),
+    _other("Mooncake, x0.2", trace="mooncake", slos=("default=ttft:5000,tpot:100",), speedup=0.2),
 ]
 
 
