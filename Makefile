@@ -18,7 +18,7 @@ SEED ?= 1
 SECONDS ?= 60
 FUZZ_READY := .venv-fuzz/.ready
 
-.PHONY: demo test test-fast test-interop fuzz fuzz-guided test-faults test-lmdeploy test-gpu bench-planner plot-planner lint format types proto wheel lock locked dependencies audit clean bench-lengths
+.PHONY: demo test test-fast test-interop fuzz fuzz-guided test-faults test-lmdeploy test-gpu bench-planner bench-paper plot-planner lint format types proto wheel lock locked dependencies audit clean bench-lengths
 
 # A generated workload, FCFS and annealing side by side.
 demo: $(READY)
@@ -64,6 +64,10 @@ bench-lengths: $(READY)
 # make bench-planner BENCH="--quick --traces DIR"; tests/bench/bench_planner.py says what else there is.
 bench-planner: $(READY)
 	$(BIN)/python tests/bench/bench_planner.py $(BENCH)
+
+# The paper's own setting, FCFS and annealing in every cell: make bench-paper BENCH="--seeds 3 --markdown FILE"
+bench-paper: $(READY)
+	$(BIN)/python tests/bench/bench_paper.py $(BENCH)
 
 # The README's plot, from figures that bench-planner wrote.
 plot-planner: $(READY)
