@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from lmdeploy_slo.core.request import RequestSpec
 from lmdeploy_slo.prediction import length as length_module
+from lmdeploy_slo.prediction.backoff import MAX_CONTEXTS
 from lmdeploy_slo.prediction.length import PRIOR_TOKENS, LengthPredictor, TaskLengthPredictor
 from lmdeploy_slo.prediction.length_forecast import LEVELS, MEDIAN, TIMING_SIGMA, LengthForecast, forecast_of
 from lmdeploy_slo.prediction.length_gaussian import PRIOR_MEAN, GaussianLengthPredictor
@@ -268,8 +269,7 @@ def test_memory_is_bounded_whatever_clients_send(monkeypatch: pytest.MonkeyPatch
         )
     state = predictor.state()
     assert len(state["trust"]) == 20
-    assert len(state["lengths"]["contexts"]) <= 4096
-    assert len(state["hints"]["contexts"]) <= 4096
+    assert len(state["lengths"]["contexts"]) == len(state["hints"]["contexts"]) == MAX_CONTEXTS
 
 
 # -- the paper's ------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from lmdeploy_slo.core.metrics import RequestRecord
 from lmdeploy_slo.core.snapshot import EngineLimits
 from lmdeploy_slo.engine.batch import PersistentBatch
 from lmdeploy_slo.offline.simulation.drift import Drift
+from lmdeploy_slo.offline.simulation.forecasts import Forecasts
 from lmdeploy_slo.offline.simulation.instance import NEVER_S, Instance
 from lmdeploy_slo.offline.simulation.prefix_cache import PrefixCache
 from lmdeploy_slo.offline.simulation.requests import SimulatedRequest
@@ -44,7 +45,8 @@ class Simulator:
     plan_latency_s: virtual seconds from a snapshot to its plan being applied, >= 0.
     prefix_cache_tokens: size of each instance's prefix cache; None for none.
     calibrate: what the scheduler believes is refined by what the steps took and the prefix cache held, as in `serve`.
-    drift: how the engines change in mid-run.
+    drift: how the engines change in mid-run. forecasts: where what requests are told on arrival goes (default: they are
+    told nothing, which is quicker).
     jump: False takes every step by itself; slower, with equal results.
     """
 
@@ -61,6 +63,7 @@ class Simulator:
         prefix_cache_tokens: int | None = None,
         calibrate: bool = False,
         drift: Drift | None = None,
+        forecasts: Forecasts | None = None,
         jump: bool = True,
     ) -> None:
         if instances < 1:
@@ -86,6 +89,7 @@ class Simulator:
                 prefix_cache=None if prefix_cache_tokens is None else PrefixCache(prefix_cache_tokens),
                 calibrate=calibrate,
                 drift=drift,
+                forecasts=forecasts,
                 jump=jump,
             )
             for number in range(instances)

@@ -44,7 +44,7 @@ JUDGED_AT = (0.5, 0.9)
 JUDGED_EVERY = 4
 """Of so many observations of a group one is judged by: judging costs twice what all the rest of learning does."""
 
-MAX_CONTEXTS, MAX_GROUPS = 4096, 512
+MAX_CONTEXTS, MAX_GROUPS = 2048, 512
 
 _RESCALE_AT = 1e12
 _FORGOTTEN, _KEPT = 1e-30, 1e-6
@@ -126,14 +126,17 @@ class BackoffDistribution:
     # -- across restarts ------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """All that was learnt, as JSON can hold it."""
-        contexts = []
-        for context, row in self._rows.items():
-            step = self._step[row]
-            mass = np.diff(self._mass[row], prepend=0.0) / step
-            bins = np.flatnonzero(mass > _KEPT)
-            pairs = [[at, round(weight, 6)] for at, weight in zip(bins.tolist(), mass[bins].tolist(), strict=True)]
-            contexts.append([list(context), pairs])
+        """All that was learnt, as JSON can hold it: of each context the bins that hold something, and what."""
+        rows = list(self._rows.values())
+        steps = np.array([self._step[row] for row in rows]).reshape(-1, 1)
+        mass = np.diff(self._mass[rows] / steps, axis=1, prepend=0.0)
+        held = mass > _KEPT
+        bins, weights = np.nonzero(held)[1].tolist(), np.round(mass[held], 5).tolist()
+        ends = np.cumsum(held.sum(axis=1)).tolist()
+        contexts = [
+            [list(context), bins[begin:end], weights[begin:end]]
+            for context, begin, end in zip(self._rows, [0, *ends], ends, strict=False)
+        ]
         groups = [[list(group), experts.state()] for group, experts in self._groups.items()]
         return {"bins": len(self._support), "depth": self._depth, "contexts": contexts, "groups": groups}
 
@@ -143,10 +146,10 @@ class BackoffDistribution:
         try:
             if (state["bins"], state["depth"]) != (len(self._support), self._depth):
                 raise ValueError("it is of other histograms")
-            for context, pairs in state["contexts"]:
+            for context, bins, weights in state["contexts"]:
                 mass = np.zeros(len(self._support))
-                for at, weight in pairs:
-                    if not (isinstance(at, int) and 0 <= at < len(mass) and 0 < weight < _RESCALE_AT):
+                for at, weight in zip(bins, weights, strict=True):
+                    if not (isinstance(at, int) and 0 <= at < len(mass) and 0 <= weight < _RESCALE_AT):
                         raise ValueError(f"{weight!r} cannot lie in bin {at!r}")
                     mass[at] = weight
                 row = fresh._new_row(context_of(context))

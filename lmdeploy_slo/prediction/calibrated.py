@@ -5,9 +5,9 @@
 d keeps ratios of durations apart that are next to nothing. The median and chances are those of the distribution. The
 interval's ends start as its quantiles at 0.1 and 0.9, and then move by what they missed: after each observation the
 level of the low end, on the normal scale, falls by `RATE` if the value was below it, else rises a ninth of that; the
-high end likewise. So each side is missed by one in ten in the long run, whatever comes (adaptive conformal inference:
-Gibbs and Candes 2021), also while load rises, when those whose wait was longest have not ended yet and are learnt of
-too late.
+high end likewise. So each side is missed by about one in ten in the long run, whatever comes (adaptive conformal
+inference: Gibbs and Candes 2021), also while load rises, when those whose wait was longest have not ended yet and are
+learnt of too late.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ SIDE = 0.1
 PRIOR_SIGMA = 0.5
 """Spread of the logarithm of the ratio before anything was seen."""
 
-MOST_Z = 3.0
-"""A level never goes further from the median than this on the normal scale."""
+LEAST_Z, MOST_Z = 1.0, 3.0
+"""Between these distances from the median a level stays, on the normal scale. The least keeps it from stepping down
+into the first of two humps in order to be wrong as often as it may."""
 
-MAX_GROUPS = 512
+MAX_CONTEXTS, MAX_GROUPS = 1024, 512
 _FINEST, _LARGEST_LOG_RATIO, _BINS = 0.05, 9.0, 120
 _NORMAL = NormalDist()
 _START = (_NORMAL.inv_cdf(SIDE), _NORMAL.inv_cdf(1.0 - SIDE))
@@ -45,7 +46,7 @@ class CalibratedDuration:
     def __init__(self, short_s: float, depth: int) -> None:
         ends, prior = log_ratio_support(_FINEST, _LARGEST_LOG_RATIO, _BINS, PRIOR_SIGMA)
         self._short_s = short_s
-        self._ratios = BackoffDistribution(np.exp(ends), prior, depth)
+        self._ratios = BackoffDistribution(np.exp(ends), prior, depth, max_contexts=MAX_CONTEXTS)
         self._levels: OrderedDict[Context, list[float]] = OrderedDict()  # by group: of the two ends, as z
 
     def forecast(
@@ -60,7 +61,7 @@ class CalibratedDuration:
         low, median, high = (max(0.0, base_s + (ratio - 1.0) * unit_s) for ratio in ratios)
         chance = None
         if limit_s is not None:
-            chance = float(np.interp((limit_s + short_s) / unit_s, self._ratios.support, cumulative))
+            chance = min(1.0, float(np.interp((limit_s + short_s) / unit_s, self._ratios.support, cumulative)))
         return low, median, high, chance
 
     def observe(
@@ -75,11 +76,11 @@ class CalibratedDuration:
     ) -> None:
         """It took `value_s`, or was cut off there; `told` is the interval that was forecast for it, if one was."""
         unit_s = base_s + self._short_s
-        self._ratios.observe(path, group, (value_s + self._short_s) / unit_s, unit=unit_s, at_least=at_least)
+        self._ratios.observe(path, group, (value_s + self._short_s) / unit_s, at_least=at_least)
         if told is None or (at_least and value_s <= told[1]):
             return  # cut off there, it might have ended up within or above
         levels = self._of_group(group)
-        levels[0] = _bounded(levels[0] + RATE * (SIDE - (value_s < told[0])))
+        levels[0] = -_bounded(-levels[0] + RATE * ((value_s < told[0]) - SIDE))
         levels[1] = _bounded(levels[1] + RATE * ((value_s > told[1]) - SIDE))
 
     def state(self) -> dict[str, Any]:
@@ -92,7 +93,7 @@ class CalibratedDuration:
         levels: OrderedDict[Context, list[float]] = OrderedDict()
         try:
             for group, low, high in state["levels"]:
-                if not (-MOST_Z <= low <= MOST_Z and -MOST_Z <= high <= MOST_Z):
+                if not (LEAST_Z <= -low <= MOST_Z and LEAST_Z <= high <= MOST_Z):
                     raise ValueError(f"{(low, high)!r} are not the levels of an interval")
                 levels[context_of(group)] = [float(low), float(high)]
             self._ratios.restore(state["ratios"])
@@ -112,4 +113,4 @@ class CalibratedDuration:
 
 
 def _bounded(z: float) -> float:
-    return min(max(z, -MOST_Z), MOST_Z)
+    return min(max(z, LEAST_Z), MOST_Z)

@@ -2,15 +2,16 @@
 
     outlook -> base -> ratios observed / base in this context -> Forecast -> ... -> `ended` learns
 
-Base. The two models of `outlook` are weighed by the error of their TTFT (`prediction.experts`): a policy that keeps an
-order is soon described by the one, a policy that chooses by the other.
+Base. Of the two models of `outlook` the one that has been nearer to the truth, in TTFT and TPOT, with about as much
+prefill waiting (`prediction.experts`): policies that keep an order are described by the one, those that choose by the
+other, and which one matters when there is a queue.
 
 Ratios. Of each duration the distribution of observed / base is learnt (`prediction.calibrated`). Contexts go from all
-requests to those of a kind (task, class, with an SLO or not), and on to what decides that duration: for queue and TTFT
-the request's own prefill, then the prefill that could still go before it, then the one that is pending; for TPOT the
-pace of running requests, then the prefill that waits, then the output length; for E2E the length, the own prefill, and
-the one that could go before it. The long waits of those whom a policy gives up are in there: the distribution has two
-humps then, and the chance tells how large the second one is.
+requests with this base to those of a kind (task, class, with an SLO or not), and on to what decides that duration: for
+queue and TTFT the request's own prefill, then the prefill that could still go before it, then the one that is pending;
+for TPOT the pace of running requests, then the prefill that waits, then the output length; for E2E the length, the own
+prefill, and the one that could go before it. The long waits of those whom a policy gives up are in there: the
+distribution has two humps then, and the chance tells how large the second one is.
 
 Chances. The product of the objectives' chances is corrected by how often requests that were told so met
 (`prediction.reliability`).
@@ -38,12 +39,10 @@ from lmdeploy_slo.scheduling.outlook import Outlook
 SHORT_S, SHORT_TPOT_S = 0.005, 0.0005
 """Times much shorter than these are all one."""
 
-ORDERED_PRIOR, CHOOSING_PRIOR = 0.98, 0.1
+ORDERED_PRIOR, CHOOSING_PRIOR = 0.9, 0.1
 """Weight of the model that keeps the order, at first, for policies that do and for those that do not."""
 
-IGNORED_BELOW = 0.03
-"""A model that weighs less is not asked."""
-
+_IN_TURN, _OVERTAKING = 0, 1
 _DEPTH = 5
 
 
@@ -54,7 +53,8 @@ class _Basis:
     kind: Context
     bases_s: tuple[float, ...]
     paths: tuple[Sequence[Context], ...]
-    models_ttft_s: tuple[float, float]
+    models_s: tuple[tuple[float, ...], tuple[float, ...]]  # what either model said
+    load: int  # which of their weights it was
     chance: float | None  # before it was corrected
 
 
@@ -62,8 +62,8 @@ class Forecaster:
     """See the module. keeps_order: whether the policy is taken to serve requests in turn before anything was seen."""
 
     def __init__(self, *, keeps_order: bool = True) -> None:
-        weight = ORDERED_PRIOR if keeps_order else CHOOSING_PRIOR
-        self._models = ExpertWeights([weight, 1.0 - weight])  # in turn, overtaking
+        self._prior = ORDERED_PRIOR if keeps_order else CHOOSING_PRIOR
+        self._models: dict[int, ExpertWeights] = {}  # by the prefill that waits: in turn, overtaking
         shorts_s = {"queue": SHORT_S, "ttft": SHORT_S, "tpot": SHORT_TPOT_S, "e2e": SHORT_S}
         self._durations = {name: CalibratedDuration(short_s, _DEPTH) for name, short_s in shorts_s.items()}
         self._reliability = Reliability()
@@ -74,8 +74,12 @@ class Forecaster:
         """For a request that arrives now; so much of its prompt is expected in the prefix cache."""
         in_turn = outlook.in_turn(spec, length.tokens, cached_tokens)
         overtaking = outlook.overtaking(spec, length.tokens, cached_tokens)
-        bases_s = self._bases_s(_durations_of(in_turn, outlook), _durations_of(overtaking, outlook))
-        kind: Context = (spec.task_type, int(spec.priority_class), int(spec.slo.has_objective))
+        models_s = _durations_of(in_turn, outlook), _durations_of(overtaking, outlook)
+        load = _bucket(outlook.waiting_s + 0.1)
+        weights = self._models[load].weights if load in self._models else (self._prior, 1.0 - self._prior)
+        model = _IN_TURN if weights[_IN_TURN] >= 0.5 else _OVERTAKING
+        bases_s = models_s[model]
+        kind: Context = (model, spec.task_type, int(spec.priority_class), int(spec.slo.has_objective))
         paths = _paths(kind, outlook, outlook.own_s(spec, cached_tokens), length.tokens)
         slo = spec.slo
         limits_s = (None, slo.ttft_s, slo.tpot_s if length.tokens > 1 else None, slo.e2e_s)
@@ -91,7 +95,7 @@ class Forecaster:
         several = length.tokens > 1
         return Forecast(
             output_tokens=length.tokens,
-            queue_position=(in_turn if self._models.weights[0] >= 0.5 else overtaking).queue_position,
+            queue_position=(in_turn, overtaking)[model].queue_position,
             queue_s=queue[1],
             ttft_s=ttft_s,
             tpot_s=tpot[1] if several else None,
@@ -105,7 +109,7 @@ class Forecaster:
             ),
             chance=None if chance is None else self._reliability.calibrated(kind, chance),
             chances=chances,
-            basis=_Basis(kind, bases_s, paths, (in_turn.ttft_s, overtaking.ttft_s), chance),
+            basis=_Basis(kind, bases_s, paths, models_s, load, chance),
         )
 
     def ended(self, told: Forecast, timing: Timing, met: bool | None, *, at_s: float, finished: bool) -> None:
@@ -131,21 +135,23 @@ class Forecaster:
                 duration.observe(path, basis.kind, base_s, max(0.0, value_s), reach)
             elif so_far_s is not None and not finished:
                 duration.observe(path, basis.kind, base_s, max(0.0, so_far_s), reach, at_least=True)
-        if timing.ttft_s is not None:
-            self._judge(basis.models_ttft_s, timing.ttft_s)
+        if finished and timing.ttft_s is not None:
+            self._judge(basis, (timing.ttft_s, timing.tpot_s))
         if met is not None and basis.chance is not None:
             self._reliability.observe(basis.kind, basis.chance, met)
 
     def state(self) -> dict[str, Any]:
         """All that was learnt, as JSON can hold it."""
         durations = {name: duration.state() for name, duration in self._durations.items()}
-        return {"models": self._models.state(), "durations": durations, "reliability": self._reliability.state()}
+        models = [[load, weights.state()] for load, weights in self._models.items()]
+        return {"models": models, "durations": durations, "reliability": self._reliability.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes on from what `state` gave; raises ValueError, with nothing changed, for anything else."""
         fresh = Forecaster()
         try:
-            fresh._models.restore(state["models"])
+            for load, losses in state["models"]:
+                fresh._weights(int(load)).restore(losses)
             for name, duration in fresh._durations.items():
                 duration.restore(state["durations"][name])
             fresh._reliability.restore(state["reliability"])
@@ -155,23 +161,21 @@ class Forecaster:
 
     # -- inside ---------------------------------------------------------------
 
-    def _bases_s(self, in_turn_s: tuple[float, ...], overtaking_s: tuple[float, ...]) -> tuple[float, ...]:
-        """The rough forecasts to start from, blended in the logarithm."""
-        weight = self._models.weights[0]
-        if weight > 1.0 - IGNORED_BELOW:
-            return in_turn_s
-        if weight < IGNORED_BELOW:
-            return overtaking_s
-        return tuple(
-            max(0.0, (one + SHORT_S) ** weight * (other + SHORT_S) ** (1.0 - weight) - SHORT_S)
-            for one, other in zip(in_turn_s, overtaking_s, strict=True)
-        )
+    def _judge(self, basis: _Basis, observed_s: tuple[float, float | None]) -> None:
+        """By TTFT and TPOT: a slot that is free hides in the one what the other shows."""
+        losses = [0.0, 0.0]
+        for place, value_s in zip((1, 2), observed_s, strict=True):
+            if value_s is not None:
+                for model, durations_s in enumerate(basis.models_s):
+                    losses[model] += abs(math.log((max(0.0, value_s) + SHORT_S) / (durations_s[place] + SHORT_S)))
+        if abs(losses[0] - losses[1]) > 0.01:  # else there is nothing to tell them apart by
+            self._weights(basis.load).charge(losses)
 
-    def _judge(self, models_s: tuple[float, float], ttft_s: float) -> None:
-        logs = [math.log(model_s + SHORT_S) for model_s in models_s]
-        if abs(logs[0] - logs[1]) > 0.01:  # else there is nothing to tell them apart by
-            observed = math.log(max(0.0, ttft_s) + SHORT_S)
-            self._models.charge([abs(observed - log) for log in logs])
+    def _weights(self, load: int) -> ExpertWeights:
+        weights = self._models.get(load)
+        if weights is None:
+            weights = self._models[load] = ExpertWeights([self._prior, 1.0 - self._prior])
+        return weights
 
 
 def _durations_of(forecast: Forecast, outlook: Outlook) -> tuple[float, ...]:
@@ -189,9 +193,8 @@ def _paths(kind: Context, outlook: Outlook, own_s: float, output_tokens: float) 
     return start, start, _nested(kind, pace, waiting, length), _nested(kind, length, own, ahead)
 
 
-def _nested(kind: Context, first: int, second: int, third: int) -> tuple[Context, ...]:
-    one, two = (*kind, first), (*kind, first, second)
-    return (), kind, one, two, (*two, third)
+def _nested(kind: Context, *parts: int) -> tuple[Context, ...]:
+    return kind[:1], kind, *((*kind, *parts[:depth]) for depth in range(1, len(parts) + 1))
 
 
 def _bucket(value: float, per_doubling: int = 1) -> int:

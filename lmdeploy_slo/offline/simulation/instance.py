@@ -28,6 +28,7 @@ from lmdeploy_slo.core.request import EndStatus
 from lmdeploy_slo.core.slo import Timing
 from lmdeploy_slo.engine.batch import PersistentBatch, Sequence
 from lmdeploy_slo.offline.simulation.drift import Drift, Recovery
+from lmdeploy_slo.offline.simulation.forecasts import Forecasts
 from lmdeploy_slo.offline.simulation.prefix_cache import PrefixCache
 from lmdeploy_slo.offline.simulation.requests import SimulatedRequest
 from lmdeploy_slo.prediction.calibration import Calibration
@@ -75,6 +76,7 @@ class Instance:
         prefix_cache: PrefixCache | None = None,
         calibrate: bool = False,
         drift: Drift | None = None,
+        forecasts: Forecasts | None = None,
         jump: bool = True,
     ) -> None:
         self.policy = policy
@@ -102,6 +104,7 @@ class Instance:
                 quiet=True,
             )
         self.recovery: Recovery | None = None  # from the drift on
+        self._forecasts = forecasts
         self._drift = drift
         self._drift_at_s = NEVER_S if drift is None else drift.at_s
         # planning
@@ -146,7 +149,7 @@ class Instance:
     def arrive(self, request: SimulatedRequest, now_s: float) -> None:
         """Takes a request at its arrival; `advance` was called for the same instant."""
         scheduler, spec = self.scheduler, request.spec
-        if self._stretch and self.calibration is not None:  # what it has shown by now is known by now
+        if self._stretch and (self.calibration or self._forecasts):  # what it has shown by now is known by now
             self._cut_stretch(now_s)
         timing = Timing(spec.arrival_at_s)
         forecast = scheduler.forecast(spec)
@@ -154,6 +157,9 @@ class Instance:
         if kv_tokens is not None and spec.prompt_tokens > kv_tokens:
             self._record(request, timing, now_s, EndStatus.FAILED, None)  # as a server does: it could never run
             return
+        if self._forecasts is not None:
+            self._tell_progress()
+            self._forecasts.arrived(spec, scheduler, now_s)
         handle = scheduler.add(spec)
         cached_tokens = scheduler.expected_cached_tokens(spec)
         work_s = _engine_time_s(scheduler.model, spec.prompt_tokens - cached_tokens, cached_tokens, forecast.tokens)
@@ -390,6 +396,8 @@ class Instance:
             if self.recovery is not None:
                 self.recovery.finished(self.calibration.statistics())
         self._record(flight.request, flight.timing, now_s, EndStatus.FINISHED, flight.predicted_output_tokens)
+        if self._forecasts is not None:
+            self._forecasts.finished(flight.request.spec, flight.timing, now_s)
         self._ask(now_s, at_once=True)
 
     def _record(
