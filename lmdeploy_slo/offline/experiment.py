@@ -39,7 +39,8 @@ class Fleet:
     """What serves it: `instances` engines that are alike.
 
     model: the engines' true coefficients; planner_model: what the planner believes. plan_evaluations: the planning
-    budget, >= 1; patience: as for `make_policy`; plan_latency_s: the time charged for a plan, >= 0. calibrate, drift: see `Simulator`.
+    budget, >= 1; patience: as for `make_policy`; plan_latency_s: the time charged for a plan, >= 0. calibrate, drift:
+    see `Simulator`.
     """
 
     model: StepModel
