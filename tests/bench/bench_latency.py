@@ -58,6 +58,14 @@ Measured = tuple[list[float], float]
 TEXT = "How much does a gateway add to the time until a user sees something? " * 4
 
 
+REQUEST = pb.GenerateRequest(
+    text=TEXT,
+    slo=pb.Slo(ttft_ms=200, tpot_ms=50),
+    stopping=pb.StoppingParams(max_new_tokens=TOKENS),
+    emulation=pb.Emulation(output_tokens=TOKENS),
+).SerializeToString()
+
+
 class BareEngine:
     """The engine and who waits for its first tokens."""
 
@@ -135,6 +143,41 @@ class InProcess:
         self.first_s = self.first_s or time.perf_counter()
 
 
+async def phases(policy: str, requests: int) -> str:
+    """Where the time from a call to the engine goes, request after request on an idle service."""
+    runtime = new_runtime(policy)
+    await runtime.start()
+    service: Any = InferenceService(runtime, GatewayOptions())
+    marks: list[float] = []
+
+    def marked(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            began_s = time.perf_counter()
+            answer = method(*args, **options)
+            marks.extend((began_s, time.perf_counter()))
+            return answer
+
+        return call
+
+    runtime.submit = marked(runtime.submit)  # type: ignore[method-assign]
+    runtime.engine.submit = marked(runtime.engine.submit)  # type: ignore[method-assign]
+    found = []
+    for _ in range(requests):
+        marks.clear()
+        called_s = time.perf_counter()
+        await service.generate_stream(REQUEST, InProcess())
+        accepted_s, queued_s, sent_s, _ = marks
+        found.append((accepted_s - called_s, queued_s - accepted_s, sent_s - queued_s))
+        await asyncio.sleep(0.02)
+    plan_s = runtime.load().planner.mean_plan_s or 0.0
+    await runtime.close()
+    checked, queued, planned = np.percentile(found, 50, axis=0) * 1e3
+    return (
+        f"p50 of its parts, ms: checked {checked:.2f}, forecast and queued {queued:.2f}, "
+        f"planned and sent {planned:.2f} (of these the plan itself {plan_s * 1e3:.2f}, mean)"
+    )
+
+
 def serve_gateway(pipe: Connection) -> None:
     async def main() -> None:
         runtime = new_runtime(pipe.recv())
@@ -151,12 +194,6 @@ def serve_gateway(pipe: Connection) -> None:
 def run_client(pipe: Connection) -> None:
     """(port, or "engine", or a policy for the service; seed; requests; rate) -> times to first token, and the CPU time
     of this process; seconds."""
-    request = pb.GenerateRequest(
-        text=TEXT,
-        slo=pb.Slo(ttft_ms=200, tpot_ms=50),
-        stopping=pb.StoppingParams(max_new_tokens=TOKENS),
-        emulation=pb.Emulation(output_tokens=TOKENS),
-    ).SerializeToString()
 
     async def offer(first_token: Callable[[], Any], seed: int, requests: int, rate: float) -> Measured:
         draw, took_s = random.Random(seed), list[float]()
@@ -181,7 +218,7 @@ def run_client(pipe: Connection) -> None:
 
             async def called() -> float:
                 call = InProcess()
-                await service.generate_stream(request, call)
+                await service.generate_stream(REQUEST, call)
                 return call.first_s
 
             measured = await offer(called, seed, requests, rate)
@@ -204,7 +241,7 @@ def run_client(pipe: Connection) -> None:
             method = channel.unary_stream(METHOD)
 
             async def over_grpc() -> float:
-                call, first_s = method(request), 0.0
+                call, first_s = method(REQUEST), 0.0
                 async for _ in call:
                     first_s = first_s or time.perf_counter()
                 return first_s
@@ -264,6 +301,7 @@ def main() -> None:
     engine_ms, service_ms = (statistics.median(cpu_ms[setting]) for setting in ("engine", "service"))
     print(f"CPU, ms a request of {TOKENS} tokens, with who calls: engine {engine_ms:.2f}, service {service_ms:.2f}")
     client.send(None)
+    print(uvloop.run(phases(args.policy, args.requests)))
 
 
 if __name__ == "__main__":
