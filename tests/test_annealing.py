@@ -227,6 +227,14 @@ def test_more_evaluations_never_score_worse_than_the_start(seed: int) -> None:
 
 
 @given(seed=seeds)
+@settings(max_examples=10, deadline=None)
+def test_a_larger_budget_never_plans_worse(seed: int) -> None:
+    snapshot = draw_snapshot(seed, waiting=40)
+    scores = [policy(evaluations=budget).plan(snapshot).quality.score for budget in (1, 40, 150, 300, 700, 1500, 3100)]
+    assert scores == sorted(scores)
+
+
+@given(seed=seeds)
 @settings(max_examples=15, deadline=None)
 def test_equal_snapshots_and_seeds_give_equal_plans(seed: int) -> None:
     first, second = policy().plan(draw_snapshot(seed)), policy().plan(draw_snapshot(seed))

@@ -40,6 +40,9 @@ PORTFOLIO_SIZES = (1, 2, 4, 8, 16)
 SLICE = 64
 """Evaluations between two looks at the clock."""
 
+FIRST_CYCLE = 4 * SLICE
+"""Evaluations in which the search cools down for the first time."""
+
 GREEDY_SLICE = 6
 """Candidates inserted between two looks at the clock."""
 
@@ -50,6 +53,9 @@ PRICE_BATCH = 128.0
 """Sequences taken to share the fixed cost of a pass when engine time is priced: a loaded engine runs about so many."""
 
 SHORTEST_STEP_S = 1e-6
+
+SEARCH_SHARE = 0.85
+"""Part of a time budget after which the search ends; the rest is for what comes after it."""
 
 FLOOR_SAVED_S = 1.0
 """Of what the floor grants, so much can be saved up: the prefill of the longest prompts."""
@@ -268,7 +274,7 @@ class AnnealingPolicy:
             """The part of the budget that is spent; 1 also where nothing can score higher."""
             part = 1.0 if search.score >= bound else search.spent / evaluations
             if self._budget.time_s is not None:
-                part = max(part, (self._clock.now_s() - started_at_s) / self._budget.time_s)
+                part = max(part, (self._clock.now_s() - started_at_s) / (SEARCH_SHARE * self._budget.time_s))
             return part
 
         if self._options.search != "portfolio":
@@ -286,14 +292,19 @@ class AnnealingPolicy:
                 search.offer(name, admit, kernel.rollout(admit, n, *stage))
                 search.spent += 1
         search.start_score = search.score
-        admit, score = search.best.copy(), search.score
-        while self._options.search == "annealing" and (part := done()) < 1.0:
-            hot = HOT * (COLD / HOT) ** part
-            some = min(SLICE, evaluations - search.spent)
+        # Cycles of cooling, each twice as long as the one before: a larger budget goes on where a smaller one ends.
+        cycle = used = 0
+        while self._options.search == "annealing" and done() < 1.0:
+            if used >= cycle:
+                cycle, used = max(FIRST_CYCLE, 2 * cycle), 0
+                admit, score = search.best.copy(), search.score
+            temperature = HOT * (COLD / HOT) ** (used / (cycle - SLICE))
+            moves = min(SLICE, evaluations - search.spent)
             score, search.score = kernel.anneal(
-                admit, search.best, n, score, search.score, hot, hot, some, self._state, *stage
+                admit, search.best, n, score, search.score, temperature, temperature, moves, self._state, *stage
             )
-            search.spent += some
+            used += moves
+            search.spent += moves
         return search
 
     def _portfolio(self, n: int, snapshot: Snapshot) -> list[tuple[str, Steps]]:
