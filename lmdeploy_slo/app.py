@@ -41,7 +41,7 @@ from lmdeploy_slo.gateway.tls import TlsCredentials, TlsFiles
 from lmdeploy_slo.gateway.tokens import Tokens, read_tokens
 from lmdeploy_slo.gateway.watched import Watched
 from lmdeploy_slo.observability.watch import Watch, WatchOptions
-from lmdeploy_slo.prediction.length import TaskLengthPredictor
+from lmdeploy_slo.prediction.length_predictors import make_length_predictor
 from lmdeploy_slo.prediction.prefix import PrefixPredictor
 from lmdeploy_slo.prediction.profiles import Profile, load_profile
 from lmdeploy_slo.prediction.state import Learner, StateFile
@@ -208,7 +208,7 @@ def build_runtime(
     scheduler = Scheduler(
         limits=replace(info.limits, max_batch_size=info.limits.max_batch_size + info.look_ahead),
         model=profile.step_model,
-        lengths=TaskLengthPredictor(),
+        lengths=make_length_predictor(options.length_predictor),
         prefixes=PrefixPredictor() if options.calibrate else None,
         max_queued_requests=options.max_queued_requests,
         range_watch=None if info.synthetic else _range_watch(profile, info.limits),
@@ -299,6 +299,7 @@ def state_file(config: Config, runtime: Runtime) -> StateFile | None:
         "step_model": runtime.calibration if config.scheduler.calibrate else None,
         "prefix_cache": scheduler.prefixes,
         "output_lengths": scheduler.lengths,
+        "forecasts": runtime.forecaster,
     }
     kept = {name: learner for name, learner in learners.items() if isinstance(learner, Learner)}
     return StateFile(config.server.state_dir, engine=info.name, model=info.model, learners=kept)

@@ -6,7 +6,8 @@
                       max_session_tokens, stall_timeout_s, restarts, restart_hold_s; of LMDeploy alone: device,
                       patched, look_ahead, chat_template, trust_remote_code
     [engine.turbomind]  further fields of LMDeploy's TurbomindEngineConfig, by its names
-    [scheduler]       policy, seed, plan_budget_ms, patience, max_queued_requests, queue_timeout_ms, shed, calibrate
+    [scheduler]       policy, seed, plan_budget_ms, patience, max_queued_requests, queue_timeout_ms, shed, calibrate,
+                      length_predictor
     [stream]          flush_interval_ms
     [limits]          max_streams, max_queued_tokens, max_wait_ms, queue_share, client_max_streams,
                       client_max_queued_requests, client_max_queued_tokens, client_tokens_per_s, client_burst_tokens

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -148,6 +148,7 @@ class SchedulerConfig(Section):
     `annealing` alone, as in `scheduling.annealing.AnnealingOptions`. max_queued_requests, queue_timeout_ms (of requests
     that name none): unset is no bound. shed: refuse a sheddable request at once when its forecast breaks its SLO.
     calibrate: what is believed of the engine's speed and of its prefix cache is refined by what is seen of them.
+    length_predictor: "learned" by task, prompt and client, or "gaussian", as in the paper.
     """
 
     policy: str = Field(default="annealing", min_length=1)
@@ -158,6 +159,7 @@ class SchedulerConfig(Section):
     queue_timeout_ms: float | None = Field(default=None, gt=0, le=MAX_DURATION_MS)
     shed: bool = False
     calibrate: bool = True
+    length_predictor: Literal["learned", "gaussian"] = "learned"
 
 
 class StreamConfig(Section):

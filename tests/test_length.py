@@ -15,11 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmdeploy_slo.core.request import RequestSpec
+from lmdeploy_slo.errors import ConfigError
 from lmdeploy_slo.prediction import length as length_module
 from lmdeploy_slo.prediction.backoff import MAX_CONTEXTS
 from lmdeploy_slo.prediction.length import PRIOR_TOKENS, LengthPredictor, TaskLengthPredictor
 from lmdeploy_slo.prediction.length_forecast import LEVELS, MEDIAN, TIMING_SIGMA, LengthForecast, forecast_of
 from lmdeploy_slo.prediction.length_gaussian import PRIOR_MEAN, GaussianLengthPredictor
+from lmdeploy_slo.prediction.length_predictors import make_length_predictor
 from lmdeploy_slo.prediction.length_remaining import HELD_UNTIL, UPPER_Z
 from lmdeploy_slo.testing.builders import make_rows, make_spec
 
@@ -296,3 +298,10 @@ def test_the_papers_predictor_forgets_the_tasks_seen_longest_ago() -> None:
         predictor.observe(spec_of(task_type="kept"), 50)
     assert len(predictor.state()["tasks"]) == 1024
     assert predictor.predict(spec_of(task_type="kept")).tokens < 80
+
+
+def test_predictors_are_found_by_name() -> None:
+    assert isinstance(make_length_predictor("learned"), TaskLengthPredictor)
+    assert isinstance(make_length_predictor("gaussian"), GaussianLengthPredictor)
+    with pytest.raises(ConfigError, match="'best'; choose one of learned, gaussian"):
+        make_length_predictor("best")

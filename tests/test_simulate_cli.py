@@ -112,7 +112,8 @@ def test_the_same_seed_gives_the_same_bytes(
 def test_hints_are_those_of_the_replayer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trace: str) -> None:
     requests = tmp_path / "requests.csv"
     noise = ("--length-noise", "0.4", "--length-bias", "2", "--seed", "3")
-    assert call(monkeypatch, "simulate", trace, "--policy", "fcfs", *noise, "--requests-out", str(requests)) == 0
+    at_their_word = ("--policy", "fcfs", "--length-predictor", "gaussian", "--requests-out", str(requests))
+    assert call(monkeypatch, "simulate", trace, *noise, *at_their_word) == 0
     rows = read_traces([trace])
     hints, longest = draw_hints(rows, sigma=0.4, bias=2.0, seed=3), max(row.output_tokens for row in rows)
     with requests.open(newline="") as file:
@@ -127,6 +128,21 @@ def test_without_noise_the_lengths_are_learnt(monkeypatch: pytest.MonkeyPatch, t
         predicted = [float(line["predicted_output_tokens"]) for line in csv.DictReader(file)]
     assert predicted[0] == max(row.output_tokens for row in read_traces([trace]))  # the prior is cut at the longest
     assert len(set(predicted)) > 5
+
+
+def test_lengths_may_be_foretold_as_in_the_paper(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], trace: str
+) -> None:
+    foretold = {}
+    for name in ("learned", "gaussian"):
+        file = tmp_path / f"{name}.csv"
+        options = ("--policy", "fcfs", "--length-predictor", name, "--requests-out", str(file))
+        assert call(monkeypatch, "simulate", trace, *options) == 0
+        with file.open(newline="") as lines:
+            foretold[name] = [line["predicted_output_tokens"] for line in csv.DictReader(lines)]
+    assert foretold["learned"] != foretold["gaussian"]
+    assert call(monkeypatch, "simulate", trace, "--length-predictor", "guess") != 0
+    assert "choose one of learned, gaussian" in capsys.readouterr().err
 
 
 def test_what_the_planner_believes_changes_its_plans_alone(

@@ -45,6 +45,7 @@ def simulate(
     instances: options.Instances = 1,
     length_noise: options.LengthNoise = None,
     length_bias: options.LengthBias = 1.0,
+    length_predictor: options.LengthPredictorName = _DEFAULTS.scheduler.length_predictor,
     seed: Annotated[int, typer.Option(min=0, help="Of the hints and of the policies.")] = 0,
     planner_profile: options.PlannerProfile = None,
     planner_scale: options.PlannerScale = 1.0,
@@ -95,6 +96,7 @@ def simulate(
         plan_latency_ms=plan_latency_ms,
         calibrate=calibrate,
         drift=options.read_drift(drift_at, drift_scale, told=drift_told),
+        length_predictor=length_predictor,
     )
     runs = [(name, factor) for factor in speedups for name in policies]
     request_files = [requests_out and request_file(requests_out, *run, several=len(runs) > 1) for run in runs]
@@ -151,9 +153,10 @@ def simulate(
             "prompt tokens per step": f"{max_prefill_tokens}",
             "KV cache, tokens": "unlimited" if kv_tokens is None else f"{kv_tokens:,}",
             "prefix cache, tokens": "none" if prefix_cache_tokens is None else f"{prefix_cache_tokens:,}",
-            "length hints": "none: lengths are predicted"
+            "length hints": "none"
             if length_noise is None
             else f"true length x {length_bias:g} x lognormal(0, {length_noise:g})",
+            "lengths": length_predictor,
             "seed": f"{seed}",
             "planner's profile": planner_profile or profile,
             "planner's scale": f"{planner_scale:g}",

@@ -19,10 +19,12 @@ from lmdeploy_slo.errors import ConfigError
 from lmdeploy_slo.offline.experiment import Fleet
 from lmdeploy_slo.offline.simulation.drift import Drift
 from lmdeploy_slo.offline.traces import TraceRow, read_traces
+from lmdeploy_slo.prediction.length_predictors import LENGTH_PREDICTORS
 from lmdeploy_slo.prediction.profiles import load_profile
 from lmdeploy_slo.scheduling.policy import policy_names
 
 DEFAULTS = Config()
+_LEARNED = DEFAULTS.scheduler.length_predictor
 
 COEFFICIENTS = ("c0", "p1", "p2", "d1", "d2")
 
@@ -63,8 +65,15 @@ LengthNoise = Annotated[
     float | None,
     typer.Option(
         metavar="SIGMA",
-        help="The scheduler gets a hint: the true output length times lognormal(0, SIGMA), 0 for exact. Without it, "
-        "the project's own length predictor.",
+        help="Each request comes with a hint: its true output length times lognormal(0, SIGMA), 0 for exact. Without "
+        "it, lengths are foretold without hints.",
+    ),
+]
+LengthPredictorName = Annotated[
+    str,
+    typer.Option(
+        metavar="|".join(LENGTH_PREDICTORS),
+        help="Who foretells output lengths: what is learnt by task, prompt and client, or the paper's Gaussian.",
     ),
 ]
 LengthBias = Annotated[float, typer.Option(help="Multiplies the hints; with --length-noise.")]
@@ -149,8 +158,12 @@ def build_fleet(
     patience: float = DEFAULT_PATIENCE,
     calibrate: bool = False,
     drift: Drift | None = None,
+    length_predictor: str = _LEARNED,
 ) -> Fleet:
     """The engines the options describe; raises ConfigError."""
+    if length_predictor not in LENGTH_PREDICTORS:
+        known = ", ".join(LENGTH_PREDICTORS)
+        raise ConfigError(f"--length-predictor: {length_predictor!r} is unknown; choose one of {known}")
     model = load_profile(profile).step_model
     believed = model if planner_profile is None else load_profile(planner_profile).step_model
     if not 0 < planner_scale < float("inf"):
@@ -166,6 +179,7 @@ def build_fleet(
         patience=patience,
         calibrate=calibrate,
         drift=drift,
+        length_predictor=length_predictor,
     )
 
 

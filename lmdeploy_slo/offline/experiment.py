@@ -20,6 +20,7 @@ from lmdeploy_slo.offline.simulator import PLAN_EVALUATIONS, PLAN_LATENCY_S, Sim
 from lmdeploy_slo.offline.traces import TraceRow
 from lmdeploy_slo.offline.workload import OfferedRequest, build_workload
 from lmdeploy_slo.prediction.calibration import CalibrationStatistics
+from lmdeploy_slo.prediction.length_predictors import make_length_predictor
 from lmdeploy_slo.scheduling.policy import Policy, PolicyFactory, SearchBudget, make_policy
 
 
@@ -40,7 +41,7 @@ class Fleet:
 
     model: the engines' true coefficients; planner_model: what the planner believes. plan_evaluations: the planning
     budget, >= 1; patience: as for `make_policy`; plan_latency_s: the time charged for a plan, >= 0. calibrate, drift:
-    see `Simulator`.
+    see `Simulator`. length_predictor: by name.
     """
 
     model: StepModel
@@ -53,6 +54,7 @@ class Fleet:
     plan_latency_s: float = PLAN_LATENCY_S
     calibrate: bool = False
     drift: Drift | None = None
+    length_predictor: str = "learned"
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,7 @@ def run_once(
         prefix_cache_tokens=fleet.prefix_cache_tokens,
         calibrate=fleet.calibrate,
         drift=fleet.drift,
+        lengths=make_length_predictor(fleet.length_predictor),
     )
     records = simulator.run(simulated_requests(offered_requests(rows, load, seed)), on_progress)
     return Outcome(

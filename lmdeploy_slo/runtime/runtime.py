@@ -102,6 +102,7 @@ class Runtime:
         self._empty = asyncio.Event()
         self._empty.set()
         self._expectation = Expectation(scheduler, clock, self._report_progress, keeps_order=not policy.wants_ticks)
+        self.forecaster = self._expectation.forecaster  # what was learnt of how forecasts turn out
         self.recovery = Recovery(
             engine, scheduler, self._plans, self.options.hold_s, fail_all=self._fail_all, changed=self._tell_serving
         )
