@@ -6,10 +6,12 @@ Files are written to memory where the machine has a folder for that.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -46,7 +48,9 @@ from lmdeploy_slo.testing.builders import make_slo, make_spec
 @cache
 def _folder() -> Path:
     memory = Path("/dev/shm")
-    return Path(tempfile.mkdtemp(prefix="fuzz-", dir=memory if os.access(memory, os.W_OK) else None))
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir=memory if os.access(memory, os.W_OK) else None))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _file(data: bytes, name: str = "input") -> Path:
