@@ -365,3 +365,18 @@ def test_waiting_turns_are_expected_anew_when_their_conversation_goes_on() -> No
     scheduler.drop(other)
     assert scheduler._turns == {}
     scheduler.on_cached(first, 30, 3.0)  # long gone
+
+
+def test_a_request_that_runs_on_ends_at_its_limit_at_the_latest() -> None:
+    scheduler = make_scheduler()
+    tight, loose = (
+        scheduler.add(make_spec(name, expected_output_tokens=100.0, max_new_tokens=limit))
+        for name, limit in (("tight", 130), ("loose", 10_000))
+    )
+    scheduler.apply(plan_of(tight, loose), 0.0)
+    for handle in (tight, loose):
+        scheduler.on_tokens(handle, 120, 1.0)
+    rows = {int(row["handle"]): row for row in scheduler.snapshot(1.0).running}
+    assert rows[loose]["output_tokens"] > 130
+    assert rows[tight]["output_tokens"] <= 130
+    assert rows[tight]["output_tokens"] * math.exp(0.8 * rows[tight]["length_sigma"]) <= 130 * (1 + 1e-9)

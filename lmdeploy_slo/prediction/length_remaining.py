@@ -11,6 +11,8 @@ tokens that in half the cases never come (2 to 3 points of attainment, docs/pred
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from scipy.special import ndtr, ndtri
 
@@ -35,3 +37,11 @@ def revise_lognormal(running: Rows) -> None:
     upper = -ndtri(tail * _UPPER_TAIL)
     running["output_tokens"] = np.maximum(median * np.exp(sigma * middle), known + 1.0)
     running["length_sigma"] = sigma * (upper - middle) / UPPER_Z
+
+
+def cap_length(running: Rows, at: int, most_tokens: int) -> None:
+    """Row `at` in place: it ends with `most_tokens` at the latest, and so does the upper length it is planned with."""
+    tokens = min(float(running["output_tokens"][at]), float(most_tokens))
+    running["output_tokens"][at] = tokens
+    room = math.log(max(most_tokens / tokens, 1.0)) / UPPER_Z
+    running["length_sigma"][at] = min(float(running["length_sigma"][at]), room)

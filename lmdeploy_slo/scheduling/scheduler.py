@@ -26,6 +26,7 @@ from lmdeploy_slo.core.request import RequestSpec
 from lmdeploy_slo.core.snapshot import EngineLimits, Snapshot
 from lmdeploy_slo.errors import QueueFull
 from lmdeploy_slo.prediction.length import LengthForecast, LengthPredictor
+from lmdeploy_slo.prediction.length_remaining import cap_length
 from lmdeploy_slo.prediction.prefix import PrefixPredictor
 from lmdeploy_slo.scheduling.policy import Policy
 from lmdeploy_slo.scheduling.row_table import RowTable
@@ -171,7 +172,10 @@ class Scheduler:
         running = self._running.copy()
         if len(running):
             running.flags.writeable = True
+            foretold = running["output_tokens"].copy()
             self.lengths.revise(running)
+            for at in np.flatnonzero(running["output_tokens"] > foretold).tolist():
+                cap_length(running, at, self._specs[int(running["handle"][at])].max_new_tokens)
             running.flags.writeable = False
         return Snapshot(now_s, self._waiting.copy(), running, self.limits, self.model)
 
