@@ -111,13 +111,26 @@ def test_predict(server: ScriptedServer) -> None:
     late = pb.PredictResponse(
         predicted=pb.Prediction(e2e_ms=5), would_meet_slo=False, queue_position=3, reason="e2e_ms: too late"
     )
-    server.script = [answers(late), answers(late)]
+    told = pb.Prediction(
+        output_tokens=7,
+        ttft_ms=3,
+        output_tokens_interval=pb.Interval(low=2, high=9),
+        ttft_ms_interval=pb.Interval(low=2.5, high=40),
+        slo_probability=0.934,
+    )
+    server.script = [answers(late), answers(late), answers(pb.PredictResponse(predicted=told, would_meet_slo=True))]
     assert run(server.target, "--prompt=Hi", "--predict").stdout.splitlines() == [
         "would miss its SLO: e2e_ms: too late",
         "waiting requests that would go before it: 3",
         "predicted: E2E 5.0 ms",
     ]
     assert json.loads(run(server.target, "--prompt=Hi", "--predict", "--json").stdout)["queue_position"] == 3
+    assert run(server.target, "--prompt=Hi", "--predict").stdout.splitlines() == [
+        "would meet its SLO (93 % likely)",
+        "waiting requests that would go before it: 0",
+        "predicted: 7 tokens  TTFT 3.0 ms",
+        "in 8 of 10 cases: 2 to 9 tokens  TTFT 2.5 to 40.0 ms",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from lmdeploy_slo.client import (
     Completion,
     Forecast,
     Objectives,
+    Prediction,
     PriorityClass,
     Prompt,
     ServerUnreachable,
@@ -237,11 +238,15 @@ def describe_forecast(forecast: Forecast) -> str:
     """What a user reads of a forecast, in a few lines."""
     verdict = {None: "no SLO to meet", True: "would meet its SLO", False: "would miss its SLO"}
     reason = f": {forecast.reason}" if forecast.reason else ""
-    return (
-        f"{verdict[forecast.would_meet_slo]}{reason}\n"
-        f"waiting requests that would go before it: {forecast.queue_position}\n"
-        f"predicted: {_predicted(forecast.predicted)}"
-    )
+    predicted = forecast.predicted
+    chance = "" if predicted.slo_probability is None else f" ({100 * predicted.slo_probability:.0f} % likely)"
+    lines = [
+        f"{verdict[forecast.would_meet_slo]}{chance}{reason}",
+        f"waiting requests that would go before it: {forecast.queue_position}",
+        f"predicted: {_predicted(predicted)}",
+    ]
+    reaches = _reaches(predicted)
+    return "\n".join([*lines, f"in 8 of 10 cases: {reaches}"] if reaches else lines)
 
 
 def describe_error(error: SloError, target: str) -> str:
@@ -259,6 +264,16 @@ def describe_error(error: SloError, target: str) -> str:
 def _predicted(predicted: Any) -> str:
     tokens = [] if predicted.output_tokens is None else [f"{predicted.output_tokens:.0f} tokens"]
     return "  ".join([*tokens, *filter(None, [_durations(predicted)])]) or "nothing"
+
+
+def _reaches(predicted: Prediction) -> str:
+    tokens = predicted.output_tokens_interval
+    parts = [] if tokens is None else [f"{tokens.low:.0f} to {tokens.high:.0f} tokens"]
+    for name, label in _LABELS.items():
+        interval = getattr(predicted, f"{name}_interval")
+        if interval is not None:
+            parts.append(f"{label} {interval.low:.1f} to {interval.high:.1f} ms")
+    return "  ".join(parts)
 
 
 def _durations(source: Any) -> str:
