@@ -207,7 +207,8 @@ async def test_the_server_keeps_the_deadline_of_a_client_that_does_not(caller: C
 
     error = await refusal(asyncio.wait_for(read(), WAIT_S))
     assert received > 0
-    assert (error.status, reason(error)) == (Status.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED")
+    assert error.status is Status.DEADLINE_EXCEEDED
+    assert not error.details or reason(error) == "DEADLINE_EXCEEDED"  # the transport may be the first to notice
     assert (await caller.idle()).timed_out == before + 1
 
 
