@@ -18,17 +18,21 @@ SEED ?= 1
 SECONDS ?= 60
 FUZZ_READY := .venv-fuzz/.ready
 
-.PHONY: demo test test-fast test-interop fuzz fuzz-guided test-faults test-lmdeploy test-gpu bench-planner bench-paper plot-planner lint format types proto wheel lock locked dependencies audit clean bench-lengths
+.PHONY: demo test test-fast test-nightly test-interop fuzz fuzz-guided test-faults test-lmdeploy test-gpu bench-planner bench-paper plot-planner lint format types proto wheel lock locked dependencies audit clean bench-lengths
 
 # A generated workload, FCFS and annealing side by side.
 demo: $(READY)
 	$(BIN)/python -m lmdeploy_slo demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not nightly"
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not nightly"
+
+# What takes minutes: 20,000 calls half of which are aborted, 1,000 histories of faults, 5 minutes of overload.
+test-nightly: $(READY)
+	$(BIN)/python -m pytest -m nightly
 
 # Against the real LMDeploy, on the CPU, in an environment of its own (1.9 GB). Where pip's index has no CPU build of
 # torch, name one that has: make test-lmdeploy PIP_OPTIONS="--extra-index-url URL" (see pytorch.org, "Get started").

@@ -150,6 +150,6 @@ async def test_a_thousand_requests_half_of_them_aborted(profile: Path) -> None:
     await soak(1000, profile)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 async def test_twenty_thousand_requests_half_of_them_aborted(profile: Path) -> None:
     await soak(20_000, profile)

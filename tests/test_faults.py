@@ -31,7 +31,7 @@ def test_forty_histories_of_faults() -> None:
     run(0, 40)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_thousand_histories_of_faults() -> None:
     run(0, 1000)
 

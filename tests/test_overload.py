@@ -125,7 +125,7 @@ def test_ten_times_the_capacity_for_half_a_minute() -> None:
     check(30.0)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_ten_times_the_capacity_for_five_minutes() -> None:
     check(300.0)
 
