@@ -204,7 +204,8 @@ async def test_a_generated_workload_against_the_gateway(tmp_path: Path) -> None:
     profile = tmp_path / "fast.json"
     step_ms = {"c0": 0.05, "p1": 0.0, "p2": 0.0, "d1": 0.0, "d2": 0.0}
     profile.write_text(json.dumps({"format": 1, "name": "fast", "step_ms": step_ms}))
-    config = Config.model_validate({"engine": {"profile": str(profile)}, "scheduler": {"policy": "edf"}})
+    scheduler = {"policy": "edf", "length_predictor": "gaussian"}  # which takes hints at their word
+    config = Config.model_validate({"engine": {"profile": str(profile)}, "scheduler": scheduler})
     rows = generate_workload(60, seed=1)
     slos = parse_slo_options(["chat=ttft:60000,tpot:60000,e2e:60000"])
     requests = build_workload(rows, slos=slos, speedup=100.0, length_noise=0.3, seed=2)
