@@ -158,6 +158,7 @@ def test_runs_of_other_code_are_taken_where_some_come_out_the_same(
     book = study(tmp_path, edited).book
     book.recheck(wanted, 1)
     assert len(edited.made) == 1
+    assert book.of_other_code == len(wanted)
     book.make(wanted)
     study(tmp_path, edited).book.make(wanted)  # and another day
     assert len(edited.made) == 1
@@ -169,6 +170,7 @@ def test_runs_of_other_code_are_taken_where_some_come_out_the_same(
     book.recheck(wanted, 1)
     book.make(wanted)
     assert len(other.made) == 3
+    assert book.of_other_code == 0
     assert book[wanted[0]]["attainment"] == -1.0
 
 

@@ -274,7 +274,9 @@ def main() -> None:
             recheck(study, options.recheck)
         for name, section in SIMULATED.items():
             if name in options.names:
-                document[name] = {**about(), "trace": source, "seeds": options.seeds, **section(study)}
+                figures = section(study)
+                kept = {"runs_of_other_code": book.of_other_code} if book.of_other_code else {}
+                document[name] = {**about(), "trace": source, "seeds": options.seeds, **kept, **figures}
                 write_json(path, document)
     print("\n".join(tables.markdown(document, options.names)))
     print(f"{path}, from runs of {book.cpu_s / 60:.0f} minutes of CPU", file=sys.stderr)
@@ -290,8 +292,9 @@ def recheck(study: Study, count: int) -> None:
 
 
 def about() -> dict[str, Any]:
-    """Which code, and what it runs on. edited: files that runs rest on and that are not as in the commit."""
-    files = [str(path) for path in source_files((*code_of("annealing"), *code_of("slack-guard")))]
+    """Which code, and what it runs on. edited: files that the figures rest on and that are not as in the commit."""
+    simulated = source_files((*code_of("annealing"), *code_of("slack-guard")))
+    files = [str(path) for path in (*simulated, *Path(__file__).parent.glob("bench_planner*.py"))]
     return {
         "commit": _git("rev-parse", "HEAD") or None,
         "edited": sorted(line[3:] for line in _git("status", "--porcelain", "--", *files).splitlines()),

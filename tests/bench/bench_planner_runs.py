@@ -90,6 +90,7 @@ class Book:
 
     def __init__(self, store: RunStore, traces: Mapping[str, Rows], pool: Workers) -> None:
         self.cpu_s = 0.0
+        self.of_other_code = 0  # runs that `recheck` took
         self._store = store
         self._pool = pool
         self._traces = {name: digest(plain(rows)) for name, rows in traces.items()}
@@ -126,6 +127,7 @@ class Book:
         for run, stored in known:
             self._store.keep(Stored(stored.asked, self._code(run), stored.answer))
             self._take(run, stored.answer)
+        self.of_other_code += len(known)
 
     def at_best_caps(self, cell: Cell, seeds: Sequence[int]) -> dict[str, Contender]:
         """Rule -> itself at the cap of best attainment, of those that were run at every seed."""

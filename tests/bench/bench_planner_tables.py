@@ -169,6 +169,10 @@ def _source(section: Figures) -> Iterator[str]:
     words += [f"{name} {version}" for name, version in section["versions"].items()]
     if "trace" in section:
         words = [section["trace"], f"{section['seeds']} seeds", *words]
+    if "runs_of_other_code" in section:
+        words.append(
+            f"{section['runs_of_other_code']:,} runs of rules by earlier code, of which a sample came out the same"
+        )
     yield f"({'; '.join(words)})"
 
 
