@@ -5,8 +5,8 @@ it: first those that could wait for the fewest more batches as long as the leade
 left over goes to the longest of the shorter ones that are lost already, for whom this is a free ride. A beginning is
 judged by the plan it becomes if the rest follows shortest first, those that can still meet before the others.
 
-Most best plans are of this form, and shortest first is a good guess at what is still to come: of 100 problems drawn as
-in `paper_setting` a beam of 16 finds the best plan known of 96 with 12 requests, 87 with 15, 92 with 20.
+Most best plans are of this form, and shortest first is a good guess at what is still to come: of 300 problems drawn as
+in `paper_setting`, beams of 16, 32 and 64 find the best plan known of 96 % with 12 requests, 90 % with 15, 91 % with 20.
 """
 
 from __future__ import annotations

@@ -23,18 +23,19 @@ MAX_ENUMERATED = 8
 MAX_WEIGHED = 16
 """Requests of which all sets are weighed."""
 
-WIDEST_BEAM = 16
-WIDEST_FOR = 20
-"""A plan is constructed in a beam that is this wide for so many requests; its work grows with their third power, so for
-more it is narrower, and from 51 on there is none."""
-
-FEWEST_WALKS, MOST_WALKS = 5, 10
-"""The moves of a level are shared by so many walks, one for two requests: where one gets stuck, others do not."""
-
 SCHEDULE_FOR = 10
 MOST_WORK = 640.0
 """A schedule is for so many requests. More get more moves, by the square of their number, up to MOST_WORK divided by
 their number times as many; fewer do not get fewer."""
+
+FEWEST_WALKS, MOST_WALKS = 5, 20
+"""So many walks share the moves of a level, one more for each request above ten: where one gets stuck, others do not."""
+
+BEAM = 16
+MOST_BEAM_WORK = 512_000
+"""Width of the beam in which a plan is constructed; for more than SCHEDULE_FOR requests it grows with the square of
+their number. Its work grows with its width and the third power of the requests: beyond this product it is narrower, and
+above 80 requests there is none."""
 
 LOSS_SCALE = 40.0
 """exp(dG/T) needs a unit: a loss of the whole G is LOSS_SCALE n^2, so one request in n is LOSS_SCALE n."""
@@ -101,12 +102,12 @@ def anneal(
 
 def beam_width(requests: int) -> int:
     """Of the beam in which a plan for so many requests is constructed; 0 for none."""
-    return min(WIDEST_BEAM, WIDEST_BEAM * WIDEST_FOR**3 // requests**3)
+    return min(max(BEAM, BEAM * requests**2 // SCHEDULE_FOR**2), MOST_BEAM_WORK // requests**3)
 
 
 def walks(requests: int) -> int:
     """Into how many walks the annealing of so many requests is divided."""
-    return min(max(FEWEST_WALKS, requests // 2), MOST_WALKS)
+    return min(FEWEST_WALKS + max(0, requests - SCHEDULE_FOR), MOST_WALKS)
 
 
 def moves_of_a_walk(requests: int, schedule: AnnealingSchedule) -> int:
