@@ -29,7 +29,7 @@ MOST_WORK = 640.0
 their number times as many; fewer do not get fewer."""
 
 FEWEST_WALKS, MOST_WALKS = 5, 20
-"""So many walks share the moves of a level, one more for each request above ten: where one gets stuck, others do not."""
+"""So many walks share the moves of a level, one more for each request above ten: where one sticks, others do not."""
 
 BEAM = 16
 MOST_BEAM_WORK = 512_000
