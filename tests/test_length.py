@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmdeploy_slo.core.clients import ClientId
 from lmdeploy_slo.core.request import RequestSpec
 from lmdeploy_slo.errors import ConfigError
 from lmdeploy_slo.prediction import length as length_module
@@ -305,3 +306,11 @@ def test_predictors_are_found_by_name() -> None:
     assert isinstance(make_length_predictor("gaussian"), GaussianLengthPredictor)
     with pytest.raises(ConfigError, match="'best'; choose one of learned, gaussian"):
         make_length_predictor("best")
+
+
+def test_hints_are_those_of_who_sent_them_whatever_they_say_of_themselves() -> None:
+    predictor = TaskLengthPredictor()
+    for _ in range(300):
+        predictor.observe(spec_of(client=ClientId("known"), fairness_id="a", expected_output_tokens=300), 100)
+    told = predictor.predict(spec_of(client=ClientId("known"), fairness_id="b", expected_output_tokens=300))
+    assert told.tokens == pytest.approx(100, rel=0.05)

@@ -23,7 +23,7 @@ from lmdeploy_slo.core.snapshot import Rows
 from lmdeploy_slo.prediction.backoff import JUDGED_AT, BackoffDistribution, Context, Floats, smooth_prior
 from lmdeploy_slo.prediction.experts import ExpertWeights, pinball_loss
 from lmdeploy_slo.prediction.length_forecast import LEVELS, LengthForecast, LengthPredictor, forecast_of
-from lmdeploy_slo.prediction.length_hints import HintModel
+from lmdeploy_slo.prediction.length_hints import HintModel, client_of
 from lmdeploy_slo.prediction.length_remaining import revise_lognormal
 
 __all__ = ["LengthForecast", "LengthPredictor", "TaskLengthPredictor"]
@@ -132,7 +132,7 @@ class TaskLengthPredictor:
 
 
 def _client(spec: RequestSpec) -> tuple[str, str, str]:
-    return spec.fairness_id, spec.task_type, spec.model
+    return client_of(spec), spec.task_type, spec.model
 
 
 def _path(spec: RequestSpec) -> tuple[Context, ...]:

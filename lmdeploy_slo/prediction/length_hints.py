@@ -1,6 +1,6 @@
 """What a client's hint is worth: the distribution of true length / `expected_output_tokens`, learnt from its hints.
 
-Contexts, coarse to fine: all hints -> the client's (`fairness_id`) -> those for this task and model -> hints within a
+Contexts, coarse to fine: all hints -> the client's -> those for this task and model -> hints within a
 factor of 2 -> within a factor of 1.2. So a bias and a spread are learnt of a client, then of each of its tasks, and of
 small hints apart from large ones. Before anything was seen a hint is as good as `PRIOR_SIGMA` says.
 """
@@ -41,8 +41,13 @@ class HintModel:
         self.ratios.observe(path, path[2], output_tokens / hint, unit=hint, at_least=at_least)
 
 
+def client_of(spec: RequestSpec) -> str:
+    """Whose hint it is: who sent the request, else whom it says it asks for."""
+    return str(spec.client) or spec.fairness_id
+
+
 def _path(spec: RequestSpec, hint: float) -> tuple[Context, ...]:
-    client, task, model = spec.fairness_id, spec.task_type, spec.model
+    client, task, model = client_of(spec), spec.task_type, spec.model
     fine = int(4.0 * math.log2(hint))
     return (
         ("hint",),

@@ -15,7 +15,6 @@ import argparse
 import math
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +31,7 @@ from lmdeploy_slo.offline.length_scores import (
     without_repeats,
 )
 from lmdeploy_slo.prediction.length import TaskLengthPredictor
-from lmdeploy_slo.prediction.length_forecast import LengthPredictor
-from lmdeploy_slo.prediction.length_gaussian import GaussianLengthPredictor
+from lmdeploy_slo.prediction.length_predictors import make_length_predictor
 
 CALLS = 20_000
 WIDTHS = (0.05, 0.1, 0.2, 0.4)
@@ -53,21 +51,19 @@ def main() -> None:
     table = Table(title="Pinball loss below that of the global running quantile", title_justify="left")
     for column in ("trace", "predictor", "requests", "at 0.5", "at 0.9", "coverage of 0.9"):
         table.add_column(column, justify="left" if column in ("trace", "predictor") else "right")
-    cases: list[tuple[str, list[LengthRow], Callable[[], LengthPredictor]]] = [
-        ("azure2023_mixed", azure, TaskLengthPredictor),
-        ("azure2023_mixed", azure, GaussianLengthPredictor),
-        ("sharegpt_V3_lens, distinct pairs", without_repeats(sharegpt), TaskLengthPredictor),
-        ("sharegpt_V3_lens, distinct pairs", without_repeats(sharegpt), GaussianLengthPredictor),
-        ("sharegpt_V3_lens, all rows", sharegpt, TaskLengthPredictor),
-        ("sharegpt_val, hints withheld", without_hints(hinted), TaskLengthPredictor),
-        ("sharegpt_val, with hints", hinted, TaskLengthPredictor),
+    cases = [
+        ("azure2023_mixed", azure, "learned"),
+        ("azure2023_mixed", azure, "gaussian"),
+        ("sharegpt_V3_lens, distinct pairs", without_repeats(sharegpt), "learned"),
+        ("sharegpt_V3_lens, distinct pairs", without_repeats(sharegpt), "gaussian"),
+        ("sharegpt_V3_lens, all rows", sharegpt, "learned"),
+        ("sharegpt_val, hints withheld", without_hints(hinted), "learned"),
+        ("sharegpt_val, with hints", hinted, "learned"),
     ]
-    for name, rows, make in cases:
-        predictor = make()
-        median, upper = length_scores(rows, predictor)
+    for name, rows, predictor_name in cases:
+        median, upper = length_scores(rows, make_length_predictor(predictor_name))
         below = (f"{100 * score.below:.1f} %" for score in (median, upper))
-        kind = type(predictor).__name__.removesuffix("LengthPredictor").lower()
-        table.add_row(name, kind, f"{len(rows):,}", *below, f"{upper.coverage:.3f}")
+        table.add_row(name, predictor_name, f"{len(rows):,}", *below, f"{upper.coverage:.3f}")
     console.print(table)
     if options.hindsight:
         for name, rows in (("sharegpt_V3_lens, distinct pairs", without_repeats(sharegpt)),):
