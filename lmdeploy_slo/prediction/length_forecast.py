@@ -18,7 +18,7 @@ MEDIAN = LEVELS.index(0.5)
 
 TIMING_SIGMA = 0.3
 """Added to the spread of the length, as of independent errors: what is not known of the times a length is turned into.
-Plans that take a length to the token meet up to 5 points less (docs/prediction.md)."""
+Plans that take a length to the token meet 3 points less (docs/prediction.md)."""
 
 _NORMAL = NormalDist()
 _Z = tuple(_NORMAL.inv_cdf(level) for level in LEVELS)

@@ -6,7 +6,7 @@ Its length X is lognormal by the forecast, and now known to be above k:
 
 The forecast is held until quantile 0.3 of that passes it, and then is that. The median would be the better guess of
 the length, and makes the worse plans: it lets the planner stall a running request now, for time to be made up by
-tokens that in half the cases never come (2 to 3 points of attainment, docs/prediction.md).
+tokens that in half the cases never come (2 points of attainment, docs/prediction.md).
 """
 
 from __future__ import annotations
