@@ -139,7 +139,7 @@ async def test_predict_and_explain(caller: Caller) -> None:
 
 
 async def test_many_streams_on_one_connection(caller: Caller) -> None:
-    """Two run and four wait: what is more is refused, and harms nobody."""
+    """Four may wait, and two run once a plan was made: what is more is refused, and harms nobody."""
 
     async def one() -> str:
         try:
@@ -151,7 +151,7 @@ async def test_many_streams_on_one_connection(caller: Caller) -> None:
 
     ends = await asyncio.gather(*(one() for _ in range(20)))
     assert set(ends) == {"100 tokens", "QUEUE_FULL"}
-    assert ends.count("100 tokens") >= 6
+    assert ends.count("100 tokens") >= 4
 
 
 async def test_a_prompt_of_a_megabyte(caller: Caller) -> None:
