@@ -12,12 +12,13 @@ from lmdeploy_slo.core.snapshot import ROW_DTYPE, Rows
 class RowTable:
     """Rows of `ROW_DTYPE` addressed by handle. The order of rows is arbitrary: the last fills a removed one's place."""
 
-    __slots__ = ("_index", "_rows", "_size")
+    __slots__ = ("_index", "_rows", "_size", "changes")
 
     def __init__(self, capacity: int = 64) -> None:
         self._rows: Rows = np.zeros(capacity, dtype=ROW_DTYPE)
         self._size = 0
         self._index: dict[int, int] = {}
+        self.changes = 0  # rows inserted and removed so far
 
     def __len__(self) -> int:
         return self._size
@@ -38,12 +39,14 @@ class RowTable:
             raise ValueError(f"handle {handle} is in the table already")
         self._index[handle] = self._size
         self._size += 1
+        self.changes += 1
 
     def remove(self, handle: int) -> Any:
         """Takes the row out and returns a copy of it; raises KeyError for an unknown handle."""
         at = self._index.pop(handle)
         row = self._rows[at].copy()
         self._size -= 1
+        self.changes += 1
         if at != self._size:
             self._rows[at] = self._rows[self._size]
             self._index[int(self._rows["handle"][at])] = at
@@ -70,5 +73,11 @@ class RowTable:
     def copy(self) -> Rows:
         """A read-only copy of all rows."""
         rows: Rows = self._rows[: self._size].copy()
+        rows.flags.writeable = False
+        return rows
+
+    def view(self) -> Rows:
+        """All rows, read-only, without a copy: good until the table changes."""
+        rows: Rows = self._rows[: self._size]
         rows.flags.writeable = False
         return rows

@@ -5,7 +5,8 @@ into dispatches. A plan is a suggestion made on an old picture: whoever has left
 cap holds whatever the plan says.
 
     add -> (snapshot -> policy.plan -> apply)* -> on_tokens* -> finish | drop
-                                                  (requeue: once more from the start)
+     |                                            (requeue: once more from the start)
+     take_out -> take_in: while it waits, to the scheduler of another engine
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +25,7 @@ from lmdeploy_slo.core.latency_model import StepModel
 from lmdeploy_slo.core.model_range import RangeWatch
 from lmdeploy_slo.core.plan import Plan
 from lmdeploy_slo.core.request import RequestSpec
-from lmdeploy_slo.core.snapshot import EngineLimits, Snapshot
+from lmdeploy_slo.core.snapshot import EngineLimits, Rows, Snapshot
 from lmdeploy_slo.errors import QueueFull
 from lmdeploy_slo.prediction.length import LengthForecast, LengthPredictor
 from lmdeploy_slo.prediction.length_remaining import cap_length
@@ -70,15 +72,17 @@ class Scheduler:
         prefixes: PrefixPredictor | None = None,
         max_queued_requests: int | None = None,
         range_watch: RangeWatch | None = None,
+        numbers: Iterator[int] | None = None,
     ) -> None:
-        """range_watch: of what `model` was fitted on; it is told the prompts that come."""
+        """range_watch: of what `model` was fitted on; it is told the prompts that come. numbers: where handles come
+        from, growing; several schedulers that share one never give two requests the same."""
         self.limits = limits
         self.model = model
         self.lengths = lengths
         self.prefixes = prefixes
         self.max_queued_requests = max_queued_requests  # may be changed, and holds for the next request
         self._range_watch = range_watch
-        self._numbers = itertools.count(1)
+        self._numbers = numbers or itertools.count(1)
         self._waiting = RowTable()
         self._running = RowTable()
         self._specs: dict[int, RequestSpec] = {}
@@ -92,18 +96,34 @@ class Scheduler:
 
     def add(self, spec: RequestSpec) -> int:
         """Queues a request and returns its handle; raises QueueFull at the bound."""
-        if self.max_queued_requests is not None and len(self._waiting) >= self.max_queued_requests:
+        if self.full:
             self._refused += 1
             raise QueueFull(f"{len(self._waiting)} requests are waiting, the limit is {self.max_queued_requests}")
         if self._range_watch is not None:
             self._range_watch.note(prompt_tokens=spec.prompt_tokens)
         handle = next(self._numbers)
+        self.take_in(handle, spec)
+        self._added += 1
+        return handle
+
+    def take_out(self, handle: int) -> RequestSpec:
+        """A request that waits here leaves for the scheduler of another engine; raises KeyError where none of that
+        handle waits."""
+        self._waiting.remove(handle)
+        self._stop_waiting(handle)
+        spec = self._specs.pop(handle)
+        self._prioritized -= spec.priority != 0
+        return spec
+
+    def take_in(self, handle: int, spec: RequestSpec) -> None:
+        """Queues a request that another scheduler has given its handle, beyond the bound if need be; it is planned with
+        what is believed here. Raises ValueError where the handle is in use here."""
+        if handle in self._specs:
+            raise ValueError(f"handle {handle} is in use")
         self._waiting.insert(self._row(handle, spec))
         self._specs[handle] = spec
         self._start_waiting(handle, spec)
         self._prioritized += spec.priority != 0
-        self._added += 1
-        return handle
 
     def drop(self, handle: int) -> bool:
         """Forgets a request that did not run to its end, waiting or running; False where it is unknown."""
@@ -229,6 +249,37 @@ class Scheduler:
         if len(waits) < len(self._waiting):
             waits += sorted(set(self._waiting.handles()).difference(waits))
         return np.array(waits, dtype=np.int64)
+
+    @property
+    def held(self) -> int:
+        """How many requests are here, waiting or running."""
+        return len(self._specs)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def full(self) -> bool:
+        """Whether `add` would refuse."""
+        return self.max_queued_requests is not None and len(self._waiting) >= self.max_queued_requests
+
+    @property
+    def changes(self) -> int:
+        """Grows whenever a request begins or stops to wait, or to run."""
+        return self._waiting.changes + self._running.changes
+
+    def spec(self, handle: int) -> RequestSpec:
+        """Of a request that is here; raises KeyError for another."""
+        return self._specs[handle]
+
+    def rows(self) -> tuple[Rows, Rows]:
+        """(waiting, running) as they are, without copies: read-only, and good until the next call of another method."""
+        return self._waiting.view(), self._running.view()
 
     def oldest_arrival_s(self) -> float | None:
         """When the request that has waited longest arrived; None where none waits."""
