@@ -16,11 +16,12 @@ from lmdeploy_slo.core.slo import Slo
 from lmdeploy_slo.core.snapshot import EngineLimits
 from lmdeploy_slo.offline.simulation.drift import Drift
 from lmdeploy_slo.offline.simulation.requests import simulated_requests
-from lmdeploy_slo.offline.simulator import PLAN_EVALUATIONS, PLAN_LATENCY_S, Simulator
+from lmdeploy_slo.offline.simulator import PLAN_EVALUATIONS, PLAN_LATENCY_S, EngineKind, Simulator
 from lmdeploy_slo.offline.traces import TraceRow
 from lmdeploy_slo.offline.workload import OfferedRequest, build_workload
 from lmdeploy_slo.prediction.calibration import CalibrationStatistics
 from lmdeploy_slo.prediction.length_predictors import make_length_predictor
+from lmdeploy_slo.scheduling.placement import DEFAULT_PLACEMENT
 from lmdeploy_slo.scheduling.policy import Policy, PolicyFactory, SearchBudget, make_policy
 
 
@@ -37,9 +38,10 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """What serves it: `instances` engines that are alike.
+    """What serves it: `instances` engines.
 
-    model: the engines' true coefficients; planner_model: what the planner believes. plan_evaluations: the planning
+    model: the engines' true coefficients; planner_model: what the planner believes; mixed: kinds of engines that the
+    instances take in turn, instead of these. placement: which of them serves a request, by name. plan_evaluations: the planning
     budget, >= 1; patience: as for `make_policy`; plan_latency_s: the time charged for a plan, >= 0. calibrate, drift:
     see `Simulator`. length_predictor: by name.
     """
@@ -55,6 +57,8 @@ class Fleet:
     calibrate: bool = False
     drift: Drift | None = None
     length_predictor: str = "learned"
+    mixed: tuple[EngineKind, ...] = ()
+    placement: str = DEFAULT_PLACEMENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,7 @@ class Outcome:
     calibrations: tuple[CalibrationStatistics, ...] = ()
     recoveries: tuple[int | None, ...] = ()
     prefix_error_tokens: float | None = None
+    moves: int = 0  # of waiting requests from one instance to another
 
 
 def offered_requests(rows: Sequence[TraceRow], load: Load, seed: int) -> list[OfferedRequest]:
@@ -122,6 +127,8 @@ def run_once(
         calibrate=fleet.calibrate,
         drift=fleet.drift,
         lengths=make_length_predictor(fleet.length_predictor),
+        mixed=fleet.mixed,
+        placement=fleet.placement,
     )
     records = simulator.run(simulated_requests(offered_requests(rows, load, seed)), on_progress)
     return Outcome(
@@ -138,4 +145,5 @@ def run_once(
             if i.calibration is not None
         ),
         simulator.prefix_error_tokens,
+        simulator.moves,
     )

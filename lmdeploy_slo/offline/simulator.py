@@ -4,17 +4,21 @@ The scheduling code is the one `serve` runs, and the batch is the one the emulat
 planner's worker and the tokens themselves are replaced. Deterministic: no wall clock is read, and a plan costs a fixed
 virtual time. `simulation.instance` says how planning and steps are laid out in time.
 
-Several instances are engines of their own, each with a scheduler, a policy, the in-flight cap and the limits. A request
-goes, when it arrives, to the instance with the least outstanding work, by the engine time predicted for what is there.
+Several instances are engines of their own, each with a scheduler, a policy, the in-flight cap and the limits, and perhaps
+of different kinds. They make up a `scheduling.fleet.Fleet`, which says where a request goes when it arrives, and moves
+those that wait.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 from lmdeploy_slo.core.latency_model import StepModel
 from lmdeploy_slo.core.metrics import RequestRecord
+from lmdeploy_slo.core.plan import Plan
 from lmdeploy_slo.core.snapshot import EngineLimits
 from lmdeploy_slo.engine.batch import PersistentBatch
 from lmdeploy_slo.offline.simulation.drift import Drift
@@ -24,10 +28,12 @@ from lmdeploy_slo.offline.simulation.prefix_cache import PrefixCache
 from lmdeploy_slo.offline.simulation.requests import SimulatedRequest
 from lmdeploy_slo.prediction.length import LengthPredictor, TaskLengthPredictor
 from lmdeploy_slo.prediction.prefix import PrefixPredictor
+from lmdeploy_slo.scheduling.fleet import Fleet
+from lmdeploy_slo.scheduling.placement import DEFAULT_PLACEMENT, Placement, make_placement
 from lmdeploy_slo.scheduling.policy import Policy
 from lmdeploy_slo.scheduling.scheduler import Scheduler
 
-__all__ = ["PLAN_EVALUATIONS", "PLAN_LATENCY_S", "SimulatedRequest", "Simulator"]
+__all__ = ["PLAN_EVALUATIONS", "PLAN_LATENCY_S", "EngineKind", "SimulatedRequest", "Simulator"]
 
 PLAN_LATENCY_S = 0.002
 """From a snapshot to its plan being applied: the planning budget of `serve`."""
@@ -36,12 +42,24 @@ PLAN_EVALUATIONS = 800
 """Plans scored in that time, about: docs/simulator.md says how it was measured."""
 
 
+@dataclass(frozen=True, slots=True)
+class EngineKind:
+    """model: an engine's true coefficients; planner_model: what the scheduler believes. kv_tokens: its KV cache, where
+    it is not that of the limits. name: for people."""
+
+    model: StepModel
+    planner_model: StepModel
+    kv_tokens: int | None = None
+    name: str = ""
+
+
 class Simulator:
     """One run; use it once.
 
     policy: a Policy for one instance, or a function from the number of an instance (from 0) to its policy.
     model: the engine's true coefficients; planner_model: what the scheduler believes (default: the truth).
-    limits: of each instance. lengths: the length predictor, shared by all instances (default: the project's own).
+    limits: of each instance. mixed: kinds of engines that the instances take in turn, instead of `model` and
+    `planner_model`. placement: one, or the name of one. lengths: the length predictor, shared by all instances (default: the project's own).
     plan_latency_s: virtual seconds from a snapshot to its plan being applied, >= 0.
     prefix_cache_tokens: size of each instance's prefix cache; None for none.
     calibrate: what the scheduler believes is refined by what the steps took and the prefix cache held, as in `serve`.
@@ -65,6 +83,8 @@ class Simulator:
         drift: Drift | None = None,
         forecasts: Forecasts | None = None,
         jump: bool = True,
+        mixed: Sequence[EngineKind] = (),
+        placement: Placement | str = DEFAULT_PLACEMENT,
     ) -> None:
         if instances < 1:
             raise ValueError(f"instances must be at least 1, got {instances}")
@@ -74,16 +94,23 @@ class Simulator:
             raise ValueError("a policy plans for one instance: give a function that makes one for each")
         lengths = lengths or TaskLengthPredictor()
         self._records: list[RequestRecord] = []
-        self.instances = [
-            Instance(
+        self.fleet = Fleet(make_placement(placement) if isinstance(placement, str) else placement)
+        self.moves = 0  # of waiting requests, from one instance to another
+        self.instances: list[Instance] = []
+        kinds = list(mixed) or [EngineKind(model, planner_model or model)]
+        for number in range(instances):
+            kind = kinds[number % len(kinds)]
+            of_kind = limits if kind.kv_tokens is None else replace(limits, kv_tokens=kind.kv_tokens)
+            instance = Instance(
                 policy(number) if callable(policy) else policy,
                 Scheduler(
-                    limits=limits,
-                    model=planner_model or model,
+                    limits=of_kind,
+                    model=kind.planner_model,
                     lengths=lengths,
                     prefixes=PrefixPredictor() if calibrate else None,
+                    numbers=self.fleet.numbers,
                 ),
-                PersistentBatch(model, limits),
+                PersistentBatch(kind.model, of_kind),
                 self._records,
                 plan_latency_s=plan_latency_s,
                 prefix_cache=None if prefix_cache_tokens is None else PrefixCache(prefix_cache_tokens),
@@ -91,9 +118,11 @@ class Simulator:
                 drift=drift,
                 forecasts=forecasts,
                 jump=jump,
+                on_plan=partial(self._planned, number),
             )
-            for number in range(instances)
-        ]
+            self.fleet.add(instance.scheduler, instance.policy)
+            self.instances.append(instance)
+        self._plan_applied = False  # since the last look at who might move
         self._due: list[tuple[float, int]] = []  # (instant, instance): heap, some entries outdated
         self._arrived_at: list[int] = []  # instances at which somebody arrived now
         self.now_s = -NEVER_S
@@ -151,6 +180,8 @@ class Simulator:
     def _run_until(self, until_s: float) -> None:
         """Everything before `until_s`; what arrives at one instant is all there before anything begins at it."""
         if until_s > self.now_s:
+            if self._arrived_at:
+                self._rebalance(self.now_s, self._arrived_at)
             for number in self._arrived_at:
                 self._settle(number, self.now_s)
             self._arrived_at.clear()
@@ -161,18 +192,37 @@ class Simulator:
             at_s, number = heapq.heappop(due)
             if at_s == self.instances[number].next_event_s:
                 self.instances[number].advance(at_s)
-                self._settle(number, at_s)
+                touched = [number]
+                if self._plan_applied:
+                    self._plan_applied = False
+                    self._rebalance(at_s, touched)
+                for each in touched:
+                    self._settle(each, at_s)
         self.now_s = until_s
 
     def _arrive(self, request: SimulatedRequest) -> None:
-        number = 0
-        if len(self.instances) > 1:
-            number = min(range(len(self.instances)), key=lambda n: self.instances[n].outstanding_s)
+        number = self.fleet.place(request.spec, self.now_s)
         instance = self.instances[number]
         if number not in self._arrived_at:
             instance.advance(self.now_s)
             self._arrived_at.append(number)
         instance.arrive(request, self.now_s)
+
+    def _planned(self, number: int, plan: Plan, now_s: float) -> None:
+        self._plan_applied = True
+        self.fleet.note_plan(number, plan, now_s)
+
+    def _rebalance(self, now_s: float, advanced: list[int]) -> None:
+        """Moves who waits. advanced: instances that have come as far as `now_s`; others join them."""
+        if len(self.instances) < 2:
+            return
+        for move in self.fleet.rebalance(now_s):
+            for number in (move.source, move.target):
+                if number not in advanced:
+                    self.instances[number].advance(now_s)
+                    advanced.append(number)
+            self.instances[move.target].take_in(self.instances[move.source].take_out(move.handle), now_s)
+            self.moves += 1
 
     def _settle(self, number: int, now_s: float) -> None:
         instance = self.instances[number]

@@ -25,6 +25,9 @@ from lmdeploy_slo.scheduling.rules import engine_time_s
 from lmdeploy_slo.scheduling.scheduler import Scheduler
 
 
+DEFAULT_PLACEMENT = "slo"
+
+
 @dataclass(slots=True, eq=False)
 class Replica:
     """An engine as placement sees it. number: the fleet's. open: takes new requests."""

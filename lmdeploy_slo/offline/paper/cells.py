@@ -102,7 +102,14 @@ def _run(engine: str, rows: list[TraceRow], scheduler: str, seed: int, batch_siz
         makespan_s = max(request.due_s + one.e2e_s for request, one in zip(offered, served, strict=True))
         return _result(served, makespan_s)
     limits = EngineLimits(max_batch_size=batch_size)
-    fleet = Fleet(setting.STEP_MODEL, setting.STEP_MODEL, limits, instances, plan_evaluations=setting.PLAN_EVALUATIONS)
+    fleet = Fleet(
+        setting.STEP_MODEL,
+        setting.STEP_MODEL,
+        limits,
+        instances,
+        plan_evaluations=setting.PLAN_EVALUATIONS,
+        placement="least-work",
+    )
     outcome = run_once(rows, load, fleet, {"shortest": "sjf"}.get(scheduler, scheduler), seed)
     served = [
         Served(record.task, record.timing.e2e_s or 0.0, record.timing.ttft_s or 0.0, bool(record.slo_met))

@@ -19,6 +19,7 @@ Calibration. What the runtime tells it of real tokens it is told here of simulat
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from lmdeploy_slo.core.latency_model import StepModel
@@ -33,7 +34,6 @@ from lmdeploy_slo.offline.simulation.prefix_cache import PrefixCache
 from lmdeploy_slo.offline.simulation.requests import SimulatedRequest
 from lmdeploy_slo.prediction.calibration import Calibration
 from lmdeploy_slo.scheduling.policy import Policy
-from lmdeploy_slo.scheduling.rules import REFERENCE_BATCH
 from lmdeploy_slo.scheduling.scheduler import Scheduler
 
 NEVER_S = float("inf")
@@ -46,20 +46,20 @@ _ROUNDING_S = 1e-9
 
 
 @dataclass(slots=True, eq=False)
-class _Flight:
+class Flight:
     """A request that has not ended."""
 
     request: SimulatedRequest
     handle: int
     timing: Timing
     predicted_output_tokens: float
-    work_s: float  # predicted engine time
     sequence: Sequence | None = None  # None while it waits
 
 
 class Instance:
     """See the module. `records` takes one entry per request when it ends.
 
+    on_plan: called with each plan, once it has been applied, and the instant.
     calibrate: refines the scheduler's model by what the steps took. drift: a change of the engine in mid-run; then the
     error of forecasts is watched also where nothing refines them.
     jump: False takes every step by itself, with equal results.
@@ -78,6 +78,7 @@ class Instance:
         drift: Drift | None = None,
         forecasts: Forecasts | None = None,
         jump: bool = True,
+        on_plan: Callable[[Plan, float], None] | None = None,
     ) -> None:
         self.policy = policy
         self.scheduler = scheduler
@@ -85,13 +86,13 @@ class Instance:
         self.prefix_cache = prefix_cache
         self.plans = 0
         self.evaluations = 0
-        self.outstanding_s = 0.0  # predicted engine time of the requests here
         self.next_event_s = NEVER_S
         self._records = records
+        self._on_plan = on_plan
         self._plan_latency_s = plan_latency_s
         self._jump = jump
         self._wants_ticks = policy.wants_ticks
-        self._flights: dict[int, _Flight] = {}  # by handle
+        self._flights: dict[int, Flight] = {}  # by handle
         self._waiting = 0
         self.calibration: Calibration | None = None
         if calibrate or (drift is not None and not drift.told):
@@ -161,10 +162,16 @@ class Instance:
             self._tell_progress()
             self._forecasts.arrived(spec, scheduler, now_s)
         handle = scheduler.add(spec)
-        cached_tokens = scheduler.expected_cached_tokens(spec)
-        work_s = _engine_time_s(scheduler.model, spec.prompt_tokens - cached_tokens, cached_tokens, forecast.tokens)
-        self._flights[handle] = _Flight(request, handle, timing, forecast.tokens, work_s)
-        self.outstanding_s += work_s
+        self.take_in(Flight(request, handle, timing, forecast.tokens), now_s)
+
+    def take_out(self, handle: int) -> Flight:
+        """Gives up a waiting request that has left the scheduler."""
+        self._waiting -= 1
+        return self._flights.pop(handle)
+
+    def take_in(self, flight: Flight, now_s: float) -> None:
+        """Takes a request that waits in the scheduler; `advance` was called for the same instant."""
+        self._flights[flight.handle] = flight
         self._waiting += 1
         self._ask(now_s)
 
@@ -233,6 +240,8 @@ class Instance:
             self._replan_at_s = now_s + IDLE_REPLAN_S
         if not self._waiting:
             self._replan_at_s = NEVER_S
+        if self._on_plan is not None:
+            self._on_plan(plan, now_s)
         if self._asked_meanwhile:
             self._asked_meanwhile = False
             self._ask(now_s)  # at once where one of those who asked wanted it so
@@ -384,12 +393,11 @@ class Instance:
 
     # -- ends -----------------------------------------------------------------
 
-    def _finish(self, flight: _Flight, now_s: float) -> None:
+    def _finish(self, flight: Flight, now_s: float) -> None:
         sequence = flight.sequence
         assert sequence is not None
         flight.timing.output_tokens = sequence.output_tokens
         del self._flights[flight.handle]
-        self.outstanding_s = self.outstanding_s - flight.work_s if self._flights else 0.0
         self.scheduler.finish(flight.handle, sequence.output_tokens, now_s)
         if self.calibration is not None:
             self.calibration.left(flight.handle, sequence.output_tokens, finished=True)
@@ -408,10 +416,3 @@ class Instance:
         self._records.append(
             RequestRecord(spec.request_id, spec.task_type, spec.prompt_tokens, spec.slo, timing, status, predicted)
         )
-
-
-def _engine_time_s(model: StepModel, prompt_tokens: float, cached_tokens: float, output_tokens: float) -> float:
-    """The key of the rule `swf` for one request."""
-    context = prompt_tokens + cached_tokens + output_tokens / 2
-    per_token = model.d1 + model.d2 * context + model.c0 / REFERENCE_BATCH
-    return model.prefill_stall_s(prompt_tokens, cached_tokens) + output_tokens * per_token
