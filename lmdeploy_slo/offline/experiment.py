@@ -41,9 +41,9 @@ class Fleet:
     """What serves it: `instances` engines.
 
     model: the engines' true coefficients; planner_model: what the planner believes; mixed: kinds of engines that the
-    instances take in turn, instead of these. placement: which of them serves a request, by name. plan_evaluations: the planning
-    budget, >= 1; patience: as for `make_policy`; plan_latency_s: the time charged for a plan, >= 0. calibrate, drift:
-    see `Simulator`. length_predictor: by name.
+    instances take in turn, instead of these. placement: which of them serves a request, by name. plan_evaluations: the
+    planning budget, >= 1; patience: as for `make_policy`; plan_latency_s: the time charged for a plan, >= 0. calibrate,
+    drift: see `Simulator`. length_predictor: by name.
     """
 
     model: StepModel

@@ -4,9 +4,9 @@ The scheduling code is the one `serve` runs, and the batch is the one the emulat
 planner's worker and the tokens themselves are replaced. Deterministic: no wall clock is read, and a plan costs a fixed
 virtual time. `simulation.instance` says how planning and steps are laid out in time.
 
-Several instances are engines of their own, each with a scheduler, a policy, the in-flight cap and the limits, and perhaps
-of different kinds. They make up a `scheduling.fleet.Fleet`, which says where a request goes when it arrives, and moves
-those that wait.
+Several instances are engines of their own, each with a scheduler, a policy, the in-flight cap and the limits; they may
+be of different kinds. They make up a `scheduling.fleet.Fleet`, which says where a request goes when it arrives, and
+moves those that wait.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class Simulator:
     policy: a Policy for one instance, or a function from the number of an instance (from 0) to its policy.
     model: the engine's true coefficients; planner_model: what the scheduler believes (default: the truth).
     limits: of each instance. mixed: kinds of engines that the instances take in turn, instead of `model` and
-    `planner_model`. placement: one, or the name of one. lengths: the length predictor, shared by all instances (default: the project's own).
+    `planner_model`. placement: one, or the name of one.
+    lengths: the length predictor, shared by all instances (default: the project's own).
     plan_latency_s: virtual seconds from a snapshot to its plan being applied, >= 0.
     prefix_cache_tokens: size of each instance's prefix cache; None for none.
     calibrate: what the scheduler believes is refined by what the steps took and the prefix cache held, as in `serve`.

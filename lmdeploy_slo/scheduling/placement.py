@@ -24,7 +24,6 @@ from lmdeploy_slo.scheduling.policy import Policy
 from lmdeploy_slo.scheduling.rules import engine_time_s
 from lmdeploy_slo.scheduling.scheduler import Scheduler
 
-
 DEFAULT_PLACEMENT = "slo"
 
 
