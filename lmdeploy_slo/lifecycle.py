@@ -54,7 +54,7 @@ async def serve(config: Config, announce: Callable[[str], None], read: Callable[
         gc.collect()
         gc.freeze()
         announce(f"lmdeploy_slo: serving on {server}")
-        lost = server.runtime.recovery.lost
+        lost = server.runtime.lost
         await _first(asked.wait(), lost.wait())
         if lost.is_set():
             status = EXIT_ENGINE_LOST
@@ -64,8 +64,8 @@ async def serve(config: Config, announce: Callable[[str], None], read: Callable[
             await _drain(server, reloader.config.server.drain_grace_s, insisted)
             if lost.is_set():
                 status = EXIT_ENGINE_LOST
-    engine = server.runtime.engine
-    if isinstance(engine, SupervisedEngine) and engine.left_behind:
+    engines = [replica.engine for replica in server.runtime.replicas.values()]
+    if any(isinstance(engine, SupervisedEngine) and engine.left_behind for engine in engines):
         logger.error("threads of the engine hang: leaving them")
         _leave(status)
     return status

@@ -315,7 +315,7 @@ class Run:
         runtime, load, counted = self.runtime, self.runtime.load(), self.limiter.statistics()
         cap = self.limits.max_batch_size
         assert load.in_flight <= cap, "more in flight than there are slots"
-        assert load.in_flight == len(runtime._in_engine), "a slot is held by nobody, or two"
+        assert load.in_flight == len(runtime.replicas[0].in_engine), "a slot is held by nobody, or two"
         assert load.in_flight + load.waiting == len(runtime._live) == counted.open
         assert counted.queued_requests == load.waiting
         assert sum(self.ends.ended.values()) + len(runtime._live) == self.accepted
@@ -326,7 +326,8 @@ class Run:
             assert 0 <= used <= kv_tokens, "more KV tokens than there are"
         if self.supervised.state is EngineState.UP:
             held = {str(key) for key in self.engines[-1]._streams}
-            assert held <= runtime._in_engine.keys() | runtime._leaving, "the engine holds what has ended"
+            known = runtime.replicas[0].in_engine.keys() | runtime.replicas[0].leaving
+            assert held <= known, "the engine holds what has ended"
 
     def check_end(self) -> None:
         runtime, load, counted = self.runtime, self.runtime.load(), self.limiter.statistics()
@@ -336,8 +337,8 @@ class Run:
         assert sum(load.ended.values()) == self.accepted + self.ends.refused == self.submitted
         assert load.waiting == load.in_flight == load.waiting_prompt_tokens == 0
         assert (counted.open, counted.queued_requests, counted.queued_tokens) == (0, 0, 0)
-        assert not runtime._live and not runtime._by_handle and not runtime._in_engine
-        assert not runtime._leaving, f"still leaving: {runtime._leaving}"
+        assert not runtime._live and not runtime._by_handle and not runtime.replicas[0].in_engine
+        assert not runtime.replicas[0].leaving, f"still leaving: {runtime.replicas[0].leaving}"
         for engine in self.engines:
             left = engine.load()
             assert (left.in_flight, left.active, left.kv_tokens_used) == (0, 0, 0), "an engine keeps something"

@@ -108,7 +108,7 @@ async def soak(requests: int, profile: Path) -> None:
 
         async def settle() -> tuple[int, int]:
             """Tasks and file descriptors once nothing is here any more."""
-            while runtime._live or runtime._leaving:  # noqa: ASYNC110
+            while runtime._live or runtime.replicas[0].leaving:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
             for _ in range(3):  # what grpc and the kernel still have to say of cancelled calls
                 await asyncio.sleep(0.05)
@@ -125,7 +125,8 @@ async def soak(requests: int, profile: Path) -> None:
         assert load_now.waiting == load_now.in_flight == load_now.waiting_prompt_tokens == 0
         assert (limits.open, limits.queued_requests, limits.queued_tokens) == (0, 0, 0)
         assert (engine.in_flight, engine.active, engine.kv_tokens_used) == (0, 0, 0)
-        assert not runtime._live and not runtime._by_handle and not runtime._in_engine and not runtime._leaving
+        assert not runtime._live and not runtime._by_handle
+        assert not runtime.replicas[0].in_engine and not runtime.replicas[0].leaving
         assert set(ends.seen.values()) == {1}, "each ended once"
         # A call that is cancelled at once may never have reached the server.
         arrived = sum(load_now.ended.values())

@@ -249,12 +249,12 @@ def test_memory_is_bounded_and_times_add_up(steps: list[tuple[str, float]], slot
         elif alive:
             story.end(alive.pop(0))
         log = story.log
-        assert len(log._ended) <= 3
-        assert len(log._by_id) <= len(alive) + 3
+        assert len(log.stories._ended) <= 3
+        assert len(log.stories._by_id) <= len(alive) + 3
         assert len(log._orders) <= orders
         assert log._entries == sum(len(order.handles) for order in log._orders)
         assert log._entries <= 12 or len(log._orders) == 0
-        for request_id in list(log._by_id):
+        for request_id in list(log.stories._by_id):
             told = story.explain(request_id)
             assert told.planning_s + told.full_s + told.held_s == pytest.approx(told.waited_s)
             assert min(told.planning_s, told.full_s, told.held_s) >= 0

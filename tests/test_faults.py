@@ -56,13 +56,13 @@ def never_hears_of_stalls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ends_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    end: Callable[..., None] = Runtime._end
+    end: Callable[..., None] = Runtime.end
 
     def twice(self: Runtime, live: Any, status: Any, outcome: Any, **kwargs: Any) -> None:
         end(self, live, status, outcome, **kwargs)
         self.journal.ended(live, status, outcome)
 
-    monkeypatch.setattr(Runtime, "_end", twice)
+    monkeypatch.setattr(Runtime, "end", twice)
 
 
 def keeps_memory_of_the_aborted(monkeypatch: pytest.MonkeyPatch) -> None:

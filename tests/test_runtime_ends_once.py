@@ -249,8 +249,8 @@ class Histories(RuleBasedStateMachine):
         counted = self.runtime.limiter.statistics()
         assert (counted.open, counted.queued_requests, counted.queued_tokens) == (0, 0, 0)
         assert counted.clients <= 1, "only the one with a rate is remembered"
-        assert not self.runtime._leaving
-        assert not self.runtime._live and not self.runtime._by_handle and not self.runtime._in_engine
+        assert not self.runtime.replicas[0].leaving
+        assert not self.runtime._live and not self.runtime._by_handle and not self.runtime.replicas[0].in_engine
         assert not [timer for timer in self.loop._scheduled if not timer.cancelled()]  # type: ignore[attr-defined]
         asyncio.set_event_loop(None)
         self.loop.close()

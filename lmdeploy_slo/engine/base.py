@@ -56,7 +56,8 @@ class EngineRequest:
     """What the engine needs to generate. `emulated_output_tokens` is read by the emulated engine alone.
 
     prepared: the request as the engine's own code has prepared it; then it alone says what is generated and how, and
-    the fields beside it are what the scheduler is told.
+    the fields beside it are what the scheduler is told. generated_tokens: of the prompt's ids, so many at the end are
+    output of an engine that is gone: this one goes on where that one ended.
     """
 
     request_id: str
@@ -65,6 +66,7 @@ class EngineRequest:
     sampling: Sampling = field(default_factory=Sampling)
     emulated_output_tokens: int | None = None
     prepared: Any = None
+    generated_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

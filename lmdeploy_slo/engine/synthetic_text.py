@@ -10,7 +10,7 @@ import math
 import random
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from lmdeploy_slo.core.request import FinishReason
@@ -54,8 +54,10 @@ def synthesize(request: EngineRequest, *, max_tokens: int, seed: int) -> Synthet
     Its length is `emulated_output_tokens`, else a draw that depends on the prompt (its length and both its ends),
     `sampling.seed` and `seed`; at least `min_new_tokens`. `ignore_eos` makes it endless. It ends with LENGTH where
     `max_new_tokens` or `max_tokens` cuts it, else with STOP, as it does where a stop text or stop token ends it: that
-    is looked for from token number `min_new_tokens` on.
+    is looked for from token number `min_new_tokens` on. One that goes on gives the rest of what it would have given.
     """
+    if request.generated_tokens:
+        return _rest(request, max_tokens, seed)
     stopping, ids = request.stopping, request.prompt_token_ids
     draws = random.Random(f"{seed} {request.sampling.seed} {len(ids)} {[*ids[:32]]} {[*ids[-32:]]}")
     start = draws.choice(_STARTS)
@@ -69,6 +71,25 @@ def synthesize(request: EngineRequest, *, max_tokens: int, seed: int) -> Synthet
         if stopped is not None:
             return stopped
     return SyntheticOutput(start, tokens, FinishReason.STOP if tokens == wanted else FinishReason.LENGTH)
+
+
+def _rest(request: EngineRequest, max_tokens: int, seed: int) -> SyntheticOutput:
+    """What is left of the answer of which the first tokens are at the end of the prompt; at least one."""
+    done, stopping, emulated = request.generated_tokens, request.stopping, request.emulated_output_tokens
+    whole = replace(
+        request,
+        prompt_token_ids=request.prompt_token_ids[:-done],
+        generated_tokens=0,
+        stopping=replace(
+            stopping,
+            max_new_tokens=stopping.max_new_tokens + done,
+            min_new_tokens=stopping.min_new_tokens + done if stopping.min_new_tokens else 0,
+        ),
+        emulated_output_tokens=None if emulated is None else emulated + done,
+    )
+    answer = synthesize(whole, max_tokens=max_tokens + done, seed=seed)
+    texts = None if answer.texts is None else answer.texts[done:]
+    return SyntheticOutput((answer.start + done) % len(TEXTS), max(1, answer.tokens - done), answer.end, texts)
 
 
 def _first_stop(start: int, tokens: int, stopping: Stopping) -> SyntheticOutput | None:

@@ -59,9 +59,11 @@ class _Order:
 
 @dataclass(slots=True, eq=False)
 class _Story:
-    """A request. first: dispatches before it came. number: of its own dispatch. full_s, held_s: until it came, then,
-    once its wait is over, during it."""
+    """A request. log: of the engine it waits for, or is in. first: dispatches before it came there. number: of its own
+    dispatch. full_s, held_s: of that log, until it came, then, once its wait is over, during its wait; spent_*: of its
+    wait, elsewhere before that. moves: from engine to engine."""
 
+    log: DecisionLog
     spec: RequestSpec
     handle: int
     predicted: Forecast
@@ -70,6 +72,9 @@ class _Story:
     first: int
     full_s: float
     held_s: float
+    spent_full_s: float = 0.0
+    spent_held_s: float = 0.0
+    moves: int = 0
     number: int | None = None
     left_at_s: float | None = None  # the queue
     status: EndStatus | None = None
@@ -77,15 +82,41 @@ class _Story:
     slo_met: bool | None = None
 
 
-class DecisionLog:
-    """On the loop of the runtime that owns it. Instants are those of the runtime's clock."""
+class Stories:
+    """Of all engines: requests that have not ended, and the last `ended` that did."""
 
-    def __init__(self, scheduler: Scheduler, limits: DecisionLimits | None = None) -> None:
-        self._scheduler = scheduler
-        self._limits = limits or DecisionLimits()
-        self._by_handle: dict[int, _Story] = {}  # not ended
+    def __init__(self, ended: int) -> None:
+        self._most = ended
         self._by_id: dict[str, _Story] = {}
         self._ended: deque[_Story] = deque()
+
+    def explain(self, request_id: str, now_s: float) -> Explanation | None:
+        """Of requests with the same id, the last; None where none is remembered. Takes a millisecond or less."""
+        story = self._by_id.get(request_id)
+        return None if story is None else story.log.tell(story, now_s)
+
+    def begin(self, story: _Story) -> None:
+        self._by_id[story.spec.request_id] = story
+
+    def end(self, story: _Story) -> None:
+        self._ended.append(story)
+        if len(self._ended) > self._most:
+            oldest = self._ended.popleft()
+            if self._by_id.get(oldest.spec.request_id) is oldest:  # else the id was used again
+                del self._by_id[oldest.spec.request_id]
+
+
+class DecisionLog:
+    """Of one engine, on the loop of the runtime that owns it. Instants are those of the runtime's clock."""
+
+    def __init__(
+        self, scheduler: Scheduler, limits: DecisionLimits | None = None, stories: Stories | None = None
+    ) -> None:
+        """stories: shared by the logs of all engines; None where there is one engine."""
+        self._scheduler = scheduler
+        self._limits = limits or DecisionLimits()
+        self.stories = stories or Stories(self._limits.requests)
+        self._by_handle: dict[int, _Story] = {}  # not ended
         size = self._limits.dispatches
         self._sent = 0
         self._rows: Rows = np.zeros(size, dtype=ROW_DTYPE)  # dispatch n is at n % size
@@ -105,8 +136,9 @@ class DecisionLog:
         self._pass_time(now_s)
         if self._scheduler.statistics().waiting == 1:  # no plan has looked at this queue yet
             self._full = self._held = False
-        story = _Story(spec, handle, predicted, timing, now_s, self._sent, self._full_s, self._held_s)
-        self._by_handle[handle] = self._by_id[spec.request_id] = story
+        story = _Story(self, spec, handle, predicted, timing, now_s, self._sent, self._full_s, self._held_s)
+        self._by_handle[handle] = story
+        self.stories.begin(story)
 
     def planned(self, snapshot: Snapshot, plan: Plan, dispatches: Sequence[Dispatch], now_s: float) -> None:
         """A plan made of `snapshot` was applied."""
@@ -127,18 +159,25 @@ class DecisionLog:
         if story.left_at_s is not None:
             self._pass_time(now_s)
             story.left_at_s = story.number = None
-            story.full_s, story.held_s = self._full_s - story.full_s, self._held_s - story.held_s
+            story.spent_full_s, story.spent_held_s = story.full_s, story.held_s
+            story.full_s, story.held_s = self._full_s, self._held_s
+
+    def moved(self, handle: int, to: DecisionLog, now_s: float) -> None:
+        """A request waits for another engine from now on, or goes on there."""
+        story = self._by_handle.pop(handle)
+        waits = story.left_at_s is None
+        if waits:
+            self._pass_time(now_s)
+            story.spent_full_s += self._full_s - story.full_s
+            story.spent_held_s += self._held_s - story.held_s
+        to._take(story, waits, now_s)
 
     def ended(self, handle: int, status: EndStatus, reason: str, slo_met: bool | None, now_s: float) -> None:
         """An accepted request has ended."""
         story = self._by_handle.pop(handle)
         self._leave(story, now_s)
         story.status, story.reason, story.slo_met = status, reason, slo_met
-        self._ended.append(story)
-        if len(self._ended) > self._limits.requests:
-            oldest = self._ended.popleft()
-            if self._by_id.get(oldest.spec.request_id) is oldest:  # else the id was used again
-                del self._by_id[oldest.spec.request_id]
+        self.stories.end(story)
 
     # -- inside ---------------------------------------------------------------
 
@@ -154,7 +193,16 @@ class DecisionLog:
         if story.left_at_s is None:
             self._pass_time(now_s)
             story.left_at_s = now_s
-            story.full_s, story.held_s = self._full_s - story.full_s, self._held_s - story.held_s
+            story.full_s = story.spent_full_s + self._full_s - story.full_s
+            story.held_s = story.spent_held_s + self._held_s - story.held_s
+
+    def _take(self, story: _Story, waits: bool, now_s: float) -> None:
+        self._pass_time(now_s)
+        story.log, story.first, story.number, story.came_at_s = self, self._sent, None, now_s
+        story.moves += 1
+        if waits:
+            story.full_s, story.held_s = self._full_s, self._held_s
+        self._by_handle[story.handle] = story
 
     def _remember_sent(self, dispatch: Dispatch, plan: Plan, now_s: float) -> None:
         slot = self._sent % len(self._rows)
@@ -186,15 +234,17 @@ class DecisionLog:
     # -- explaining -----------------------------------------------------------
 
     def explain(self, request_id: str, now_s: float) -> Explanation | None:
-        """Of requests with the same id, the last; None where none is remembered. Takes a millisecond or less."""
-        story = self._by_id.get(request_id)
-        if story is None:
-            return None
+        """As `Stories.explain`."""
+        return self.stories.explain(request_id, now_s)
+
+    def tell(self, story: _Story, now_s: float) -> Explanation:
+        """What became of a request of this log."""
         self._pass_time(now_s)
         waits = story.left_at_s is None
         full_s, held_s = story.full_s, story.held_s
         if waits:
-            full_s, held_s = self._full_s - full_s, self._held_s - held_s
+            full_s = story.spent_full_s + self._full_s - full_s
+            held_s = story.spent_held_s + self._held_s - held_s
         left_at_s = now_s if story.left_at_s is None else story.left_at_s
         waited_s = left_at_s - story.spec.arrival_at_s
         stop = self._sent if story.number is None else story.number
@@ -219,7 +269,8 @@ class DecisionLog:
             queued=before.summed(stop - story.first, story.spec.arrival_at_s),
             before=before.told(before.dearest(), story.spec.arrival_at_s),
             sent=None if own is None else own.told([0], story.spec.arrival_at_s)[0],
-            complete=story.first >= oldest,
+            complete=story.first >= oldest and not story.moves,
+            moves=story.moves,
         )
 
     def _places(self, story: _Story, left_at_s: float, now_s: float) -> tuple[Place, ...]:

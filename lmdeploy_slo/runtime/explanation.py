@@ -100,3 +100,4 @@ class Explanation:
     before: tuple[Sent, ...]
     sent: Sent | None
     complete: bool
+    moves: int = 0

@@ -16,7 +16,7 @@ from lmdeploy_slo.core.plan import Plan
 from lmdeploy_slo.core.request import EndStatus, RequestSpec
 from lmdeploy_slo.core.snapshot import Snapshot
 from lmdeploy_slo.errors import DeadlineExceeded, RequestError, RequestIdInUse
-from lmdeploy_slo.runtime.decisions import DecisionLimits, DecisionLog
+from lmdeploy_slo.runtime.decisions import DecisionLimits, DecisionLog, Stories
 from lmdeploy_slo.runtime.explanation import Explanation
 from lmdeploy_slo.runtime.last_minute import LastMinute, TaskCounts, TaskNames
 from lmdeploy_slo.runtime.live import Live
@@ -52,20 +52,31 @@ class Journal:
     output_tokens: of requests that have ended.
     """
 
-    def __init__(self, scheduler: Scheduler, clock: Clock, limits: DecisionLimits | None = None) -> None:
+    def __init__(self, clock: Clock, limits: DecisionLimits | None = None) -> None:
         self.counts = EndCounts()
         self.output_tokens = 0
         self.last_plan: AppliedPlan | None = None
         self.tasks = TaskNames()
         self._clock = clock
         self._minute = LastMinute()
-        self._decisions = DecisionLog(scheduler, limits)
+        self._limits = limits or DecisionLimits()
+        self._stories = Stories(self._limits.requests)
+        self._logs: dict[int, DecisionLog] = {}  # by number of the replica
         self._observers: list[Observer] = []
-        self._failures = self._failed_plans = 0
+        self._failures = 0
+        self._failed_plans: dict[int, int] = {}
 
     def know_tasks(self, task_types: Iterable[str]) -> None:
         """These are counted by name, however many others come; to be called before the first request."""
         self.tasks = TaskNames(known=task_types)
+
+    def join(self, replica: int, scheduler: Scheduler) -> None:
+        """There is one more engine, of this number."""
+        self._logs[replica] = DecisionLog(scheduler, self._limits, self._stories)
+
+    def leave(self, replica: int) -> None:
+        """It is no more; what is remembered of its requests can still be explained."""
+        del self._logs[replica]
 
     def watch(self, observer: Observer) -> None:
         """Tells it of everything from now on."""
@@ -80,17 +91,29 @@ class Journal:
     @_harmless
     def accepted(self, live: Live) -> None:
         """A request has joined the queue."""
-        self._decisions.accepted(live.handle, live.spec, live.predicted, live.timing, self._clock.now_s())
+        log = self._logs[live.replica.number]
+        log.accepted(live.handle, live.spec, live.predicted, live.timing, self._clock.now_s())
 
     @_harmless
     def requeued(self, live: Live) -> None:
         """A request lost its engine before its first token, and waits again."""
         self.counts.retried += 1
-        self._decisions.requeued(live.handle, self._clock.now_s())
+        self._logs[live.replica.number].requeued(live.handle, self._clock.now_s())
+
+    @_harmless
+    def resumed(self, live: Live) -> None:
+        """A request lost its engine in mid-output, and goes on elsewhere."""
+        self.counts.resumed += 1
+
+    @_harmless
+    def moved(self, live: Live, source: int) -> None:
+        """A request that was the replica `source`'s is its `live.replica`'s now."""
+        self._logs[source].moved(live.handle, self._logs[live.replica.number], self._clock.now_s())
 
     @_harmless
     def planned(
         self,
+        replica: int,
         snapshot: Snapshot,
         plan: Plan,
         dispatches: Sequence[Dispatch],
@@ -98,11 +121,12 @@ class Journal:
         now_s: float,
     ) -> None:
         """A plan was applied; `dispatches` are about to be sent."""
-        failed, self._failed_plans = planner.failures > self._failed_plans, planner.failures
+        failed = planner.failures > self._failed_plans.get(replica, 0)
+        self._failed_plans[replica] = planner.failures
         applied = AppliedPlan(now_s, plan, planner.last_plan_s or 0.0, dispatches, failed)
         if plan.quality.evaluations or self.last_plan is None or not self.last_plan.plan.quality.evaluations:
             self.last_plan = applied
-        self._decisions.planned(snapshot, plan, dispatches, now_s)
+        self._logs[replica].planned(snapshot, plan, dispatches, now_s)
         self._tell(lambda observer: observer.on_plan, applied)
 
     @_harmless
@@ -161,7 +185,7 @@ class Journal:
         reason = outcome.finish_reason.value if isinstance(outcome, Completion) else outcome.reason
         self.counts.count(status, slo_met)
         self.output_tokens += live.output_tokens
-        self._decisions.ended(live.handle, status, reason, slo_met, now_s)
+        self._logs[live.replica.number].ended(live.handle, status, reason, slo_met, now_s)
         ended = EndedRequest(
             spec=live.spec,
             task=self.tasks.of(live.spec.task_type),
@@ -173,6 +197,7 @@ class Journal:
             rank=live.rank if live.rank >= 0 else None,
             cached_tokens=live.cached_tokens,
             traceparent=live.traceparent,
+            instance=live.replica.name,
         )
         _count(self._minute.counts(ended.task, now_s), ended)
         self._tell(lambda observer: observer.on_end, ended)
@@ -182,7 +207,7 @@ class Journal:
     def explain(self, request_id: str, *, of: str | None = None) -> Explanation | None:
         """Why the request waited; None where nothing of it is remembered. of: only one of the client of this name, or
         of its users; None: anybody's."""
-        told = self._decisions.explain(request_id, self._clock.now_s())
+        told = self._stories.explain(request_id, self._clock.now_s())
         return told if told is None or of in (None, told.spec.client.name) else None
 
     def last_minute(self) -> dict[str, TaskCounts]:

@@ -31,28 +31,28 @@ class Learning:
     def sent(self, live: Live, at_s: float) -> None:
         """The engine took a request."""
         cached_tokens = self._scheduler.cached_tokens(live.handle)
-        self.calibration.sent(live.handle, live.spec.prompt_tokens, cached_tokens, at_s)
+        self.calibration.sent(live.handle, live.spec.prompt_tokens + live.resumed_tokens, cached_tokens, at_s)
 
     def first_token(self, live: Live, event: EngineEvent, at_s: float) -> None:
         if event.cached_tokens is not None:
             self._scheduler.on_cached(live.handle, event.cached_tokens, at_s)
-        self.calibration.first_token(live.handle, live.output_tokens, event.cached_tokens, event.scheduled_at_s)
+        tokens = live.output_tokens - live.resumed_tokens
+        self.calibration.first_token(live.handle, tokens, event.cached_tokens, event.scheduled_at_s)
 
     def finished(self, live: Live, at_s: float) -> None:
         """At the end of its last step. An end of sequence is a token as well, one that nobody is shown."""
-        output_tokens = live.output_tokens
+        output_tokens = live.output_tokens - live.resumed_tokens
         if live.last_token_at_s != at_s:
             output_tokens += 1
-            if live.last_token_at_s is None:
+            if not live.started:
                 self.calibration.first_token(live.handle, 1, live.cached_tokens)
             else:
                 self._unseen += 1
         self.calibration.left(live.handle, output_tokens, finished=True)
 
     def gone(self, live: Live) -> None:
-        """It ended in any other way."""
-        if live.timing.dispatched_at_s is not None:
-            self.calibration.left(live.handle, live.output_tokens, finished=False)
+        """It was in the engine, and did not run to its end there."""
+        self.calibration.left(live.handle, live.output_tokens - live.resumed_tokens, finished=False)
 
     def step(self, at_s: float, tokens: int) -> None:
         """All events of a step were handled; `tokens` of them are of requests that had a first token before."""
@@ -60,7 +60,8 @@ class Learning:
         self.calibration.step(at_s, tokens + unseen)
 
     def _tokens_of(self, handle: int) -> int:
-        return self._by_handle[handle].output_tokens
+        live = self._by_handle[handle]
+        return live.output_tokens - live.resumed_tokens
 
     def _believe(self, model: StepModel) -> None:
         self._scheduler.model = model

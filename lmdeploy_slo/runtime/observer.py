@@ -20,7 +20,8 @@ class EndedRequest:
     task: its task type, one of a bounded number of names. reason: why it ended, in one word of a fixed set: the finish
     reason (stop, length) or the `reason` of the error it ended with. timing: `ended_at_s` is set however it ended.
     slo_met: None without an objective, or where its client cancelled. rank: its place in the plan that sent it, None
-    where it was not sent. traceparent: as the caller sent it (W3C Trace Context).
+    where it was not sent. traceparent: as the caller sent it (W3C Trace Context). instance: of the engine it was in, or
+    waited for.
     """
 
     spec: RequestSpec
@@ -33,6 +34,7 @@ class EndedRequest:
     rank: int | None
     cached_tokens: int | None = None
     traceparent: str | None = None
+    instance: str = ""
 
 
 @dataclass(frozen=True, slots=True)

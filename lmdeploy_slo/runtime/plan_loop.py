@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from lmdeploy_slo.clock import Clock
-from lmdeploy_slo.runtime.journal import Journal
-from lmdeploy_slo.runtime.planner import Planner
+from lmdeploy_slo.core.plan import Plan
+from lmdeploy_slo.core.snapshot import Snapshot
+from lmdeploy_slo.runtime.planner import Planner, PlannerStatistics
 from lmdeploy_slo.runtime.start_order import StartOrder
 from lmdeploy_slo.scheduling.scheduler import Dispatch, Scheduler
 
@@ -22,6 +24,21 @@ logger = logging.getLogger(__name__)
 
 IDLE_REPLAN_S = 0.05
 """A plan that sends nothing into an idle engine, and names no time to ask again, is asked again after this long."""
+
+
+class PlanWatcher(Protocol):
+    """Is told of plans."""
+
+    def planned(
+        self,
+        snapshot: Snapshot,
+        plan: Plan,
+        dispatches: Sequence[Dispatch],
+        planner: PlannerStatistics,
+        now_s: float,
+    ) -> None:
+        """A plan was applied; `dispatches` are about to be sent."""
+        ...
 
 
 class PlanLoop:
@@ -32,7 +49,7 @@ class PlanLoop:
         scheduler: Scheduler,
         planner: Planner,
         start_order: StartOrder,
-        journal: Journal,
+        watcher: PlanWatcher,
         clock: Clock,
         gap_s: float,
         *,
@@ -40,12 +57,12 @@ class PlanLoop:
         dispatch: Callable[[Dispatch, float], None],
     ) -> None:
         """report_progress: brings the scheduler up to date before a snapshot. dispatch: sends a request, at an instant,
-        to the engine; must not raise. journal: is told of each plan before those it lets go are sent. gap_s: >= 0, see
+        to the engine; must not raise. watcher: is told of each plan before those it lets go are sent. gap_s: >= 0, see
         the module."""
         self._scheduler = scheduler
         self._planner = planner
         self._start_order = start_order
-        self._journal = journal
+        self._watcher = watcher
         self._clock = clock
         self._gap_s = gap_s
         self._report_progress = report_progress
@@ -111,7 +128,7 @@ class PlanLoop:
             return
         now_s = self._clock.now_s()
         dispatches = self._scheduler.apply(plan, now_s)
-        self._journal.planned(snapshot, plan, dispatches, self._planner.statistics(), now_s)
+        self._watcher.planned(snapshot, plan, dispatches, self._planner.statistics(), now_s)
         for dispatch in dispatches:
             self._dispatch(dispatch, now_s)
         if plan.replan_after_s is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -25,6 +26,15 @@ class PlannerStatistics:
     failures: int
     last_plan_s: float | None
     mean_plan_s: float | None
+
+    @classmethod
+    def together(cls, each: Sequence[PlannerStatistics]) -> PlannerStatistics:
+        """Of several planners; the last plan is the longest of theirs."""
+        plans = sum(one.plans for one in each)
+        lasts_s = [one.last_plan_s for one in each if one.last_plan_s is not None]
+        total_s = sum((one.mean_plan_s or 0.0) * one.plans for one in each)
+        failures = sum(one.failures for one in each)
+        return cls(plans, failures, max(lasts_s, default=None), total_s / plans if plans else None)
 
 
 class Planner:

@@ -34,7 +34,7 @@ class Recovery:
         fail_all: Callable[[EngineUnavailable], None],
         changed: Callable[[], None],
     ) -> None:
-        """fail_all: ends every request, none of which is in an engine any more. changed: `up` is not what it was."""
+        """fail_all: ends every request that waits for this engine. changed: `up` is not what it was."""
         self.lost = asyncio.Event()
         self.up = True
         self._engine = engine if isinstance(engine, SupervisedEngine) else None
@@ -56,6 +56,11 @@ class Recovery:
     def restarts(self) -> int:
         """How often the engine was replaced."""
         return 0 if self._engine is None else self._engine.restarted
+
+    @property
+    def closed(self) -> bool:
+        """Nothing can be taken now, and it is known."""
+        return self._engine is not None and not self.up
 
     def check(self) -> None:
         """Raises EngineUnavailable where nothing can be taken now."""

@@ -1,9 +1,11 @@
-"""Drives the scheduler, a policy and an engine on one event loop.
+"""Drives engines, each with its scheduler and its policy, on one event loop.
 
-    submit -> scheduler.add -> (snapshot -> policy, in a worker thread -> apply -> engine.submit) -> events -> stream
+    submit -> fleet.place -> scheduler.add -> (snapshot -> policy, in a worker thread -> apply -> engine.submit)
+           -> events -> stream
 
-Every request ends exactly once, in `_end`, whatever ended it: its last token, an abort, its reader, its deadline, its
-queue timeout, the engine, or the shutdown. From then on nothing here knows it.
+What happens at one engine is in `runtime.replica`; here is what concerns a request, wherever it is. Every request ends
+exactly once, in `end`, whatever ended it: its last token, an abort, its reader, its deadline, its queue timeout, the
+engine, or the shutdown. From then on nothing here knows it.
 
 Times. A request is judged by the instants at which the engine's events became known, on the clock given.
 """
@@ -13,40 +15,44 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import replace
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 
 from lmdeploy_slo.clock import Clock
-from lmdeploy_slo.core.request import ClientId, EndStatus, FinishReason, PriorityClass, RequestSpec
+from lmdeploy_slo.core.plan import Plan
+from lmdeploy_slo.core.request import ClientId, EndStatus, PriorityClass, RequestSpec
 from lmdeploy_slo.core.slo import Timing
-from lmdeploy_slo.engine.base import Engine, EngineEvent, EngineRequest
+from lmdeploy_slo.core.snapshot import Snapshot
+from lmdeploy_slo.engine.base import Engine, EngineRequest
 from lmdeploy_slo.errors import (
     Cancelled,
     DeadlineExceeded,
     Draining,
     EngineError,
     EngineUnavailable,
-    InvalidRequest,
     QueueFull,
     QueueTimeout,
     RequestError,
     RequestIdInUse,
     Unattainable,
 )
+from lmdeploy_slo.prediction.calibration import Calibration
 from lmdeploy_slo.runtime.decisions import DecisionLimits
-from lmdeploy_slo.runtime.expectation import Expectation
+from lmdeploy_slo.runtime.failover import Failover
 from lmdeploy_slo.runtime.journal import Journal
-from lmdeploy_slo.runtime.learning import Learning
 from lmdeploy_slo.runtime.live import Live, RuntimeOptions
-from lmdeploy_slo.runtime.plan_loop import PlanLoop
-from lmdeploy_slo.runtime.planner import Planner
+from lmdeploy_slo.runtime.planner import PlannerStatistics
+from lmdeploy_slo.runtime.pool import EnginePool
 from lmdeploy_slo.runtime.recovery import Recovery
-from lmdeploy_slo.runtime.start_order import StartOrder
+from lmdeploy_slo.runtime.replica import Replica
 from lmdeploy_slo.runtime.statistics import RuntimeLoad
 from lmdeploy_slo.runtime.stream import Completion, Encoder, RequestStream
 from lmdeploy_slo.scheduling.admission import Forecast, unmet_objectives
+from lmdeploy_slo.scheduling.fleet import Fleet
+from lmdeploy_slo.scheduling.forecaster import Forecaster
 from lmdeploy_slo.scheduling.limits import Limiter, Ticket
+from lmdeploy_slo.scheduling.placement import DEFAULT_PLACEMENT, make_placement
 from lmdeploy_slo.scheduling.policy import Policy
 from lmdeploy_slo.scheduling.scheduler import Dispatch, Scheduler
 
@@ -54,7 +60,10 @@ logger = logging.getLogger(__name__)
 
 
 class Runtime:
-    """All methods on the loop that called `start`, from one thread."""
+    """All methods on the loop that called `start`, from one thread.
+
+    lost: set once none of its engines will come back.
+    """
 
     def __init__(
         self,
@@ -66,58 +75,115 @@ class Runtime:
         *,
         limiter: Limiter | None = None,
         executor: Executor | None = None,
+        fleet: Fleet | None = None,
     ) -> None:
-        """limiter: None for no limits but the scheduler's. executor: where plans are made, one at a time; a thread of
-        its own where None is given."""
-        self.engine = engine
-        self.scheduler = scheduler
-        self.policy = policy
+        """For one engine; `add` gives it more. limiter: None for no limits but the scheduler's. executor: where plans
+        are made, one at a time; a thread of its own where None is given. fleet: empty; where there are to be several
+        engines, the one whose `numbers` all schedulers take their handles from."""
         self.clock = clock
         self.options = options or RuntimeOptions()
         self.limiter = limiter or Limiter()
+        self.lost = asyncio.Event()
         self.on_serving_change: Callable[[], None] | None = None  # called when `serving` may have changed
-        self._own_executor: Executor | None = None
-        if executor is None:
-            executor = self._own_executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="planner")
-        self._planner = Planner(policy, executor, clock)
-        self.journal = Journal(scheduler, clock, DecisionLimits(requests=self.options.explain_requests))
-        self._plans = PlanLoop(
-            scheduler,
-            self._planner,
-            StartOrder(engine, scheduler, policy, lambda h: self._by_handle[h].spec.request_id),
-            self.journal,
-            clock,
-            self.options.plan_gap_s,
-            report_progress=self._report_progress,
-            dispatch=self._dispatch,
-        )
+        self.journal = Journal(clock, DecisionLimits(requests=self.options.explain_requests))
         self._live: dict[str, Live] = {}
         self._by_handle: dict[int, Live] = {}
-        self._learning = Learning(scheduler, engine.info.limits, self._by_handle, calibrate=self.options.calibrate)
-        self.calibration = self._learning.calibration  # its `statistics` say how right forecasts of steps are
-        self._in_engine: dict[str, Live] = {}
-        self._leaving: set[str] = set()  # aborted in the engine, its last event still to come
-        self._last_step_at_s = 0.0
+        self._pool = EnginePool(fleet or Fleet(make_placement(DEFAULT_PLACEMENT)), clock, self.journal, self._by_handle)
+        self._failover = Failover(
+            self._pool,
+            clock,
+            self.journal,
+            self.options.retries,
+            end=lambda live, error: self.end(live, EndStatus.FAILED, error, in_engine=False),
+            queue_timeout=self._on_queue_timeout,
+        )
         self._started = self._draining = False
+        self._resumes = fleet is not None  # there may be another engine to go on in
         self._empty = asyncio.Event()
         self._empty.set()
-        self._expectation = Expectation(scheduler, clock, self._report_progress, keeps_order=not policy.wants_ticks)
-        self.forecaster = self._expectation.forecaster  # what was learnt of how forecasts turn out
-        self.recovery = Recovery(
-            engine, scheduler, self._plans, self.options.hold_s, fail_all=self._fail_all, changed=self._tell_serving
+        self.add(engine, scheduler, policy, executor=executor)
+
+    # -- engines --------------------------------------------------------------
+
+    def add(self, engine: Engine, scheduler: Scheduler, policy: Policy, *, executor: Executor | None = None) -> Replica:
+        """One more engine; nothing is placed there before its `start` has returned and `opened` was called. Those that
+        are there when the runtime starts are started and opened with it."""
+        number = self._pool.fleet.add(scheduler, policy)
+        name = self.options.instance or engine.info.name
+        if self.options.instance is None or self._resumes:
+            name = f"{name}-{number}"
+        replica = Replica(
+            number, name, engine, scheduler, policy, self.clock, self.options, self, self._by_handle, executor
         )
+        self._pool.add(replica)
+        return replica
+
+    def opened(self, replica: Replica) -> None:
+        """It has been started, and takes requests from now on."""
+        self._pool.fleet.open(replica.number)
+        self._pool.rebalance()
+
+    async def remove(self, replica: Replica, grace_s: float) -> None:
+        """Takes an engine away: who waits for it waits for another one, what runs in it may end for up to `grace_s`
+        seconds, then goes on elsewhere. It must not be the only one that is open, else ValueError. Cancelled, it stays
+        as it was."""
+        if not self._pool.others_open(replica):
+            raise ValueError(f"{replica.name} is the only engine that takes requests")
+        replica.draining = True
+        self.changed(replica)
+        try:
+            await replica.drained(grace_s)
+        except asyncio.CancelledError:
+            replica.draining = False
+            self.changed(replica)
+            raise
+        self._failover.evacuate(replica)
+        self._pool.remove(replica)
+        await replica.close()
+
+    @property
+    def replicas(self) -> Mapping[int, Replica]:
+        """Its engines, by number; at least one."""
+        return self._pool.replicas
+
+    @property
+    def engine(self) -> Engine:
+        """The first one: they are all of one model."""
+        return self._pool.first.engine
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """Of the first engine."""
+        return self._pool.first.scheduler
+
+    @property
+    def policy(self) -> Policy:
+        """Of the first engine; they have all the same name."""
+        return self._pool.first.policy
+
+    @property
+    def recovery(self) -> Recovery:
+        """Of the first engine."""
+        return self._pool.first.recovery
+
+    @property
+    def calibration(self) -> Calibration:
+        """Of the first engine: its `statistics` say how right forecasts of steps are."""
+        return self._pool.first.learning.calibration
+
+    @property
+    def forecaster(self) -> Forecaster:
+        """What was learnt of how forecasts turn out."""
+        return self._pool.first.expectation.forecaster
 
     # -- life -----------------------------------------------------------------
 
     async def start(self) -> None:
-        """Ready for requests when it returns: policy compiled, engine up. Raises what either raises."""
-        await self._planner.warm_up()
-        await self.engine.start(self._on_events)
-        limits = self.scheduler.limits
-        if limits.kv_tokens is None:  # some engines know the size of their cache only once they are up
-            self.scheduler.limits = replace(limits, kv_tokens=self.engine.info.limits.kv_tokens)
-        self._plans.start()
+        """Ready for requests when it returns: policies compiled, engines up. Raises what any of them raises."""
+        await asyncio.gather(*(replica.start() for replica in self.replicas.values()))
         self._started = True
+        for replica in self.replicas.values():
+            self.opened(replica)
 
     async def drain(self, grace_s: float) -> None:
         """Takes no new requests, lets those here end for up to `grace_s` seconds, ends the rest with `Draining`."""
@@ -129,19 +195,15 @@ class Runtime:
         self._end_all()
 
     async def close(self) -> None:
-        """Ends whatever is left with `Draining`, closes the engine and the worker thread. Idempotent."""
+        """Ends whatever is left with `Draining`, closes the engines and the worker threads. Idempotent."""
         self._draining = True
         self._end_all()
-        self.recovery.close()
-        await self._plans.close()
-        await self.engine.close()
-        if self._own_executor is not None:
-            self._own_executor.shutdown(wait=False)
+        await asyncio.gather(*(replica.close() for replica in self.replicas.values()))
 
     @property
     def serving(self) -> bool:
-        """Whether a new request would be taken and the engine is not known to be gone."""
-        return self._started and not self._draining and self.recovery.up
+        """Whether a new request would be taken, and not all engines are known to be gone."""
+        return self._started and not self._draining and any(replica.up for replica in self.replicas.values())
 
     # -- requests -------------------------------------------------------------
 
@@ -191,7 +253,7 @@ class Runtime:
             live.queue_timer = loop.call_later(wait_s, self._on_queue_timeout, live)
         if deadline_at_s is not None:
             live.deadline_timer = loop.call_later(deadline_at_s - now_s, self._on_deadline, live)
-        self._plans.mark_stale()
+        live.replica.plans.mark_stale()
         return live.stream
 
     def abort(self, request_id: str, *, of: str | None = None) -> bool:
@@ -201,35 +263,42 @@ class Runtime:
         live = self._live.get(request_id)
         if live is None or of not in (None, live.spec.client.name):
             return False
-        self._end(live, EndStatus.CANCELLED, Cancelled("aborted on request"))
+        self.end(live, EndStatus.CANCELLED, Cancelled("aborted on request"))
         return True
 
     def predict(self, spec: RequestSpec) -> Forecast:
         """What would happen to this request if it were submitted now (see `scheduling.admission`)."""
-        return self._expectation.of(spec, afresh=True)
+        return self._pool.place(spec).expectation.of(spec, afresh=True)
 
     def load(self) -> RuntimeLoad:
-        queue, counts, oldest_at_s = self.scheduler.statistics(), self.journal.counts, self.scheduler.oldest_arrival_s()
+        replicas = [replica.load() for replica in self.replicas.values()]
+        counts = self.journal.counts
+        arrivals_s = [replica.scheduler.oldest_arrival_s() for replica in self.replicas.values()]
+        oldest_at_s = min((at_s for at_s in arrivals_s if at_s is not None), default=None)
+        usages = [one.kv_usage for one in replicas if one.kv_usage is not None]
+        generating = (live for replica in self.replicas.values() for live in replica.in_engine.values())
         return RuntimeLoad(
-            waiting=queue.waiting,
-            in_flight=queue.running,
-            waiting_prompt_tokens=queue.waiting_prompt_tokens,
-            kv_usage=self.engine.load().kv_usage,
+            waiting=sum(one.waiting for one in replicas),
+            in_flight=sum(one.in_flight for one in replicas),
+            waiting_prompt_tokens=sum(one.waiting_prompt_tokens for one in replicas),
+            kv_usage=max(usages, default=None),
             ended=dict(counts.by_status),
             refused=dict(counts.refused),
             with_slo=counts.with_slo,
             slo_met=counts.slo_met,
-            planner=self._planner.statistics(),
+            planner=PlannerStatistics.together([r.planner.statistics() for r in self.replicas.values()]),
             draining=self._draining,
-            max_in_flight=self.scheduler.limits.max_batch_size,
+            max_in_flight=sum(one.max_in_flight for one in replicas),
             oldest_wait_s=None if oldest_at_s is None else self.clock.now_s() - oldest_at_s,
-            output_tokens=self.journal.output_tokens + sum(live.output_tokens for live in self._in_engine.values()),
+            output_tokens=self.journal.output_tokens + sum(live.output_tokens for live in generating),
             last_plan=self.journal.last_plan,
             last_minute=self.journal.last_minute(),
-            calibration=self.calibration.statistics(),
+            calibration=replicas[0].calibration,
             serving=self.serving,
-            engine_restarts=self.recovery.restarts,
+            engine_restarts=sum(one.engine_restarts for one in replicas),
             retried=counts.retried,
+            resumed=counts.resumed,
+            replicas=tuple(replicas),
         )
 
     def _check_open(self) -> None:
@@ -237,175 +306,94 @@ class Runtime:
             raise Draining("the server is shutting down")
         if not self._started:
             raise EngineUnavailable("the engine is not ready yet")
-        self.recovery.check()
+        if not self._pool.any_open:
+            self._pool.first.recovery.check()
+            raise EngineUnavailable("no engine takes requests now")
 
     def _accept(self, spec: RequestSpec, request: EngineRequest, encode: Encoder | None, ticket: Ticket) -> Live:
         request_id = spec.request_id
         self._check_open()
-        if request_id in self._live or request_id in self._leaving:
+        if request_id in self._live or any(request_id in replica.leaving for replica in self.replicas.values()):
             raise RequestIdInUse(f"request_id {request_id!r} belongs to a request that has not ended")
-        expected = self._expectation.of(spec)
+        replica = self._pool.place(spec)
+        expected = replica.expectation.of(spec)
         if self.options.shed and spec.sheddable:
             unmet = unmet_objectives(spec.slo, expected)
             if unmet:
-                hopeless = self._expectation.hopeless(spec, expected)
+                hopeless = replica.expectation.hopeless(spec, expected)
                 raise Unattainable("; ".join(unmet), None if hopeless else self.limiter.retry_after_s())
         ticket.queue(spec.prompt_tokens + math.ceil(expected.output_tokens), self.clock.now_s())
         try:
-            handle = self.scheduler.add(spec)
+            handle = replica.scheduler.add(spec)
         except QueueFull as full:
             raise QueueFull(str(full), self.limiter.retry_after_s()) from None
-        self._expectation.add(spec, expected)
+        replica.expectation.add(spec, expected)
         interval_s = self.options.flush_interval_s
         stream = RequestStream(request_id, self.clock, interval_s, lambda error: self._leave(live, error), encode)
-        live = Live(spec, request, handle, ticket, stream, Timing(spec.arrival_at_s), expected)
+        live = Live(spec, request, handle, ticket, stream, Timing(spec.arrival_at_s), expected, replica)
+        if self._resumes and request.prepared is None:
+            live.generated = array("I")
         self._live[request_id] = self._by_handle[handle] = live
         self.journal.accepted(live)
         self._empty.clear()
         return live
 
-    # -- dispatch -------------------------------------------------------------
+    # -- replicas tell (see `replica.Owner`) -----------------------------------
 
-    def _dispatch(self, dispatch: Dispatch, now_s: float) -> None:
-        live = self._by_handle.get(dispatch.handle)
-        if live is None:  # ended by what the dispatch of another one led to
-            return
-        live.rank = dispatch.rank
-        live.timing.dispatched_at_s = now_s
-        request_id = live.spec.request_id
-        self._in_engine[request_id] = live
-        if live.queue_timer is not None:
-            live.queue_timer.cancel()
-        live.ticket.start(now_s)
-        try:
-            self.engine.submit(live.request, dispatch.rank)
-            live.attempts += 1
-            self._learning.sent(live, now_s)
-            self.recovery.seen(up=True)
-        except InvalidRequest as refusal:
-            self._end(live, EndStatus.REJECTED, refusal, in_engine=False)
-        except EngineError as failure:
-            self._fail(live, failure)
-        except Exception:
-            logger.exception("the engine raised on submit of %s", request_id, extra={"request_id": request_id})
-            self._end(live, EndStatus.FAILED, EngineError("the engine failed"), in_engine=False)
+    def before_plan(self, replica: Replica) -> None:
+        self._pool.rebalance()
 
-    def _fail(self, live: Live, error: EngineError) -> None:
-        """The engine failed it, and holds it no more: it waits again where it has shown nothing yet and an engine is to
-        come, with what is left of its queue timeout; else it ends."""
-        if isinstance(error, EngineUnavailable):
-            self.recovery.seen(up=False)
-            queue_timeout_s, now_s = live.spec.queue_timeout_s, self.clock.now_s()
-            left_s = math.inf if queue_timeout_s is None else live.spec.arrival_at_s + queue_timeout_s - now_s
-            if self.recovery.returning and live.timing.first_token_at_s is None and live.attempts <= 1 and left_s > 0:
-                self._requeue(live, left_s, now_s)
-                return
-        self._end(live, EndStatus.FAILED, error, in_engine=False)
+    def failed(self, live: Live, error: EngineError) -> None:
+        self._failover.failed(live, error)
 
-    def _requeue(self, live: Live, left_s: float, now_s: float) -> None:
-        del self._in_engine[live.spec.request_id]
-        self._learning.gone(live)
-        live.timing.dispatched_at_s, live.rank = None, -1
-        self.scheduler.requeue(live.handle)
-        live.ticket.wait_again(now_s)
-        if left_s < math.inf:
-            live.queue_timer = asyncio.get_running_loop().call_later(left_s, self._on_queue_timeout, live)
-        self.journal.requeued(live)
+    def planned(
+        self,
+        replica: Replica,
+        snapshot: Snapshot,
+        plan: Plan,
+        dispatches: Sequence[Dispatch],
+        planner: PlannerStatistics,
+        now_s: float,
+    ) -> None:
+        self._pool.fleet.note_plan(replica.number, plan, now_s)
+        self.journal.planned(replica.number, snapshot, plan, dispatches, planner, now_s)
 
-    def _tell_serving(self) -> None:
+    def changed(self, replica: Replica) -> None:
+        if replica.recovery.closed or replica.draining:
+            self._pool.fleet.close(replica.number)
+        elif replica.started:
+            self._pool.fleet.open(replica.number)
+        self._pool.rebalance()
+        if all(other.recovery.lost.is_set() for other in self.replicas.values()):
+            self.lost.set()
         if self.on_serving_change is not None:
             self.on_serving_change()
 
-    def _report_progress(self) -> None:
-        """Tells the scheduler what was generated since it last looked; one call a request, not one a token."""
-        for live in self._in_engine.values():
-            count = live.output_tokens - live.reported_tokens
-            if count:
-                live.reported_tokens = live.output_tokens
-                self.scheduler.on_tokens(live.handle, count, self._last_step_at_s)
+    def held_too_long(self, replica: Replica, error: EngineUnavailable) -> None:
+        in_engine = replica.in_engine  # those it held are told of by its events, and may go on elsewhere
+        for live in [live for live in self._live.values() if live.replica is replica]:
+            if live.spec.request_id not in in_engine:
+                self.end(live, EndStatus.FAILED, error, in_engine=False)
 
-    # -- events ---------------------------------------------------------------
-
-    def _on_events(self, events: Sequence[EngineEvent], at_s: float) -> None:
-        """The engine's sink."""
-        in_engine = self._in_engine
-        self._last_step_at_s = at_s
-        tokens = 0
-        for event in events:  # every token passes here: what is common comes first
-            live = in_engine.get(event.request_id)
-            if live is None:
-                self._on_stray_event(event)
-                continue
-            try:
-                count = len(event.token_ids)
-                if count:
-                    live.output_tokens += count
-                    live.last_token_at_s = at_s
-                    if live.timing.first_token_at_s is None:
-                        self._on_first_token(live, event, at_s)
-                    else:
-                        tokens += count
-                if event.cached_tokens is not None:
-                    live.cached_tokens = event.cached_tokens
-                if event.end is None and event.error is None:
-                    live.stream.push(event)
-                else:
-                    self._on_last_event(live, event, at_s)
-            except Exception:  # the other requests of this step go on
-                extra = {"request_id": event.request_id}
-                logger.exception("an event of request %s could not be handled", event.request_id, extra=extra)
-                self._end(live, EndStatus.FAILED, RequestError("internal error"))
-        self._learning.step(at_s, tokens)
-        if self.policy.wants_ticks:
-            self._plans.mark_stale()
-
-    def _on_first_token(self, live: Live, event: EngineEvent, at_s: float) -> None:
-        live.timing.first_token_at_s = at_s
-        live.reported_tokens = live.output_tokens
-        self.scheduler.on_tokens(live.handle, live.output_tokens, at_s)
-        self._learning.first_token(live, event, at_s)
-
-    def _on_last_event(self, live: Live, event: EngineEvent, at_s: float) -> None:
-        if event.error is not None:
-            self._fail(live, event.error)
-        elif event.end is None or event.end is FinishReason.ABORT:
-            self._end(live, EndStatus.FAILED, EngineError("the engine ended it", "aborted"), in_engine=False)
-        else:
-            live.stream.push(event)
-            completion = live.complete(event.end, at_s, self.options.instance or f"{self.engine.info.name}-0")
-            self._end(live, EndStatus.FINISHED, completion, in_engine=False)
-
-    def _on_stray_event(self, event: EngineEvent) -> None:
-        """An event of a request that has ended here: its last one, or a token that nobody waits for."""
-        if event.end is not None or event.error is not None:
-            self._leaving.discard(event.request_id)
-        else:  # the abort crossed with this token, or got lost; a second one does no harm
-            self._abort_in_engine(event.request_id)
+    # -- the end --------------------------------------------------------------
 
     def _on_queue_timeout(self, live: Live) -> None:
         timeout_s = live.spec.queue_timeout_s or 0.0
-        self._end(live, EndStatus.TIMED_OUT, QueueTimeout(f"not started within {timeout_s * 1e3:g} ms"))
+        self.end(live, EndStatus.TIMED_OUT, QueueTimeout(f"not started within {timeout_s * 1e3:g} ms"))
 
     def _on_deadline(self, live: Live) -> None:
-        self._end(live, EndStatus.TIMED_OUT, DeadlineExceeded("the deadline passed"))
-
-    # -- the end --------------------------------------------------------------
+        self.end(live, EndStatus.TIMED_OUT, DeadlineExceeded("the deadline passed"))
 
     def _leave(self, live: Live, error: RequestError) -> None:
         """The reader gave up."""
         timed_out = isinstance(error, DeadlineExceeded)
-        self._end(live, EndStatus.TIMED_OUT if timed_out else EndStatus.CANCELLED, error)
-
-    def _fail_all(self, error: EngineUnavailable) -> None:
-        """There is no engine that holds anything."""
-        for live in list(self._live.values()):
-            self._end(live, EndStatus.FAILED, error, in_engine=False)
+        self.end(live, EndStatus.TIMED_OUT if timed_out else EndStatus.CANCELLED, error)
 
     def _end_all(self) -> None:
         for live in list(self._live.values()):
-            self._end(live, EndStatus.FAILED, Draining("the server is shutting down"))
+            self.end(live, EndStatus.FAILED, Draining("the server is shutting down"))
 
-    def _end(
+    def end(
         self, live: Live, status: EndStatus, outcome: Completion | RequestError, *, in_engine: bool | None = None
     ) -> None:
         """The one place where a request ends; what comes second is ignored.
@@ -415,36 +403,23 @@ class Runtime:
         if live.ended:
             return
         live.ended = True
-        request_id = live.spec.request_id
+        request_id, replica = live.spec.request_id, live.replica
         del self._live[request_id]
         del self._by_handle[live.handle]
-        self._in_engine.pop(request_id, None)
+        dispatched = replica.in_engine.pop(request_id, None) is not None
         for timer in (live.queue_timer, live.deadline_timer):
             if timer is not None:
                 timer.cancel()
         live.ticket.leave(live.spec.prompt_tokens + live.output_tokens, self.clock.now_s())
         live.stream.close(outcome)
         try:
-            self._expectation.ended(live.spec, live.predicted, live.timing, status)
-            if status is EndStatus.FINISHED:
-                self.scheduler.finish(live.handle, live.output_tokens, self._last_step_at_s)
-                self._learning.finished(live, self._last_step_at_s)
-            else:
-                self.scheduler.drop(live.handle)
-                self._learning.gone(live)
+            replica.expectation.ended(live.spec, live.predicted, live.timing, status)
+            replica.forget(live, finished=status is EndStatus.FINISHED, dispatched=dispatched)
         except Exception:  # what is learnt of a request must not undo its end
             logger.exception("the scheduler raised at the end of %s", request_id, extra={"request_id": request_id})
         self.journal.ended(live, status, outcome)
-        if in_engine is None and live.timing.dispatched_at_s is not None:
-            self._leaving.add(request_id)
-            self._abort_in_engine(request_id)
+        if in_engine is None and dispatched:
+            replica.abort(request_id)
         if not self._live:
             self._empty.set()
-        self._plans.mark_stale()
-
-    def _abort_in_engine(self, request_id: str) -> None:
-        try:
-            self.engine.abort(request_id)
-        except Exception:
-            logger.exception("the engine raised on abort of %s", request_id, extra={"request_id": request_id})
-            self._leaving.discard(request_id)
+        replica.plans.mark_stale()

@@ -18,7 +18,7 @@ from lmdeploy_slo.runtime.planner import PlannerStatistics
 class EndCounts:
     """Since the start. with_slo and slo_met leave out cancelled requests and those without an objective.
 
-    retried: started over because their engine was gone.
+    retried: started over because their engine was gone; resumed: went on in another one, for the same reason.
     refused: by the `reason` of the error. A request whose id is in use stands there alone: as far as anybody can tell
     it is the one that has that id already.
     """
@@ -28,6 +28,7 @@ class EndCounts:
     slo_met: int = 0
     refused: Counter[str] = field(default_factory=Counter)
     retried: int = 0
+    resumed: int = 0
 
     def refuse(self, error: RequestError, with_slo: bool) -> None:
         """A request that was not accepted."""
@@ -45,11 +46,30 @@ class EndCounts:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicaLoad:
+    """One engine, and those who wait for it. up: it takes requests. draining: it takes no more, and will be removed.
+    output_tokens: it has generated since it was added. The rest as in RuntimeLoad."""
+
+    name: str
+    up: bool
+    draining: bool
+    waiting: int
+    in_flight: int
+    waiting_prompt_tokens: int
+    max_in_flight: int
+    kv_usage: float | None
+    output_tokens: int
+    engine_restarts: int
+    calibration: CalibrationStatistics
+
+
+@dataclass(frozen=True, slots=True)
 class RuntimeLoad:
     """waiting: accepted, not in the engine. kv_usage: 0 to 1, None where the engine does not say. refused: as in
     EndCounts. max_in_flight: the cap. oldest_wait_s: since the arrival of whoever waits longest, None where nobody
     does. output_tokens: generated since the start. last_plan: None before the first. last_minute: how requests ended,
-    by task. serving: as of the runtime. engine_restarts: how often the engine was replaced. retried: as in EndCounts.
+    by task. serving: as of the runtime. engine_restarts: how often an engine was replaced. retried, resumed: as in
+    EndCounts. kv_usage, calibration: of the engine that is used most, and of the first one; replicas: of each.
     """
 
     waiting: int
@@ -71,6 +91,8 @@ class RuntimeLoad:
     serving: bool = True
     engine_restarts: int = 0
     retried: int = 0
+    resumed: int = 0
+    replicas: tuple[ReplicaLoad, ...] = ()
 
     @property
     def price_s(self) -> float | None:

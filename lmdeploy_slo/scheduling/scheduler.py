@@ -220,6 +220,17 @@ class Scheduler:
         self._order = order
         return dispatches
 
+    def dispatch(self, handle: int, now_s: float) -> Dispatch | None:
+        """A waiting request goes to the engine past every plan; None where no slot is free or it does not wait."""
+        if not self.free_slots or handle not in self._waiting:
+            return None
+        row = self._waiting.remove(handle)
+        row["dispatched_at_s"] = now_s
+        self._running.insert(row)
+        self._stop_waiting(handle)
+        self._dispatched += 1
+        return Dispatch(handle, 0, row)
+
     def start_ranks(self, rule: Policy, now_s: float) -> dict[int, int]:
         """Handle -> rank, 0 first, of the dispatched requests without a first token: the order in which `rule` would
         send them if it could choose again at `now_s`. As in `apply`, smaller priority numbers go first."""
