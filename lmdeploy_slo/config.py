@@ -3,8 +3,9 @@
     [server]          host, port, http_port, health_port, drain_grace_s, default_max_new_tokens, max_message_bytes,
                       state_dir
     [engine]          kind, model, profile, max_batch_size, max_prefill_tokens, prefill_for_tpot_ms, kv_tokens,
-                      max_session_tokens, stall_timeout_s, restarts, restart_hold_s; of LMDeploy alone: device,
-                      patched, look_ahead, chat_template, trust_remote_code
+                      max_session_tokens, stall_timeout_s, restarts, restart_hold_s, replicas, ray_address,
+                      replica_resources, replica_profiles; of LMDeploy alone: device, patched, look_ahead,
+                      chat_template, trust_remote_code
     [engine.turbomind]  further fields of LMDeploy's TurbomindEngineConfig, by its names
     [scheduler]       policy, seed, plan_budget_ms, patience, max_queued_requests, queue_timeout_ms, shed, calibrate,
                       length_predictor
@@ -100,6 +101,17 @@ class Config(Sections):
             raise ValueError("http_port: the HTTP routes are LMDeploy's, the emulated engine has gRPC alone")
         if kind is EngineKind.EMULATED and (of_lmdeploy := self.engine.set_for_lmdeploy):
             raise ValueError(f"the emulated engine has no {', '.join(of_lmdeploy)}: leave it out, or name a model")
+        return self
+
+    @model_validator(mode="after")
+    def _replicas_are_possible(self) -> Config:
+        engine = self.engine
+        if engine.on_ray and self.server.http_port is not None:
+            raise ValueError("http_port: LMDeploy's HTTP routes need the engine in this process: one replica, no Ray")
+        if engine.on_ray and "devices" in engine.turbomind:
+            raise ValueError("turbomind.devices: Ray gives each replica its devices; leave it out")
+        if not engine.on_ray and engine.replica_resources:
+            raise ValueError("replica_resources: of replicas on Ray; set replicas or ray_address")
         return self
 
     @model_validator(mode="after")

@@ -56,6 +56,24 @@ def _choice_of(choices: type[Enum]) -> Callable[[object], Enum]:
     return choose
 
 
+def _resources(value: object) -> object:
+    """NAME=AMOUNT,... as a table."""
+    if not isinstance(value, str):
+        return value
+    pairs = [pair.partition("=") for pair in value.split(",") if pair.strip()]
+    try:
+        return {name.strip(): float(amount) for name, _, amount in pairs}
+    except ValueError:
+        raise ValueError("pairs NAME=AMOUNT are expected, such as GPU=2,CPU=4") from None
+
+
+def _listed(value: object) -> object:
+    """Names with commas between them as a list, also where other fields are read strictly."""
+    if isinstance(value, str):
+        return tuple(name.strip() for name in value.split(",") if name.strip())
+    return tuple(value) if isinstance(value, list) else value
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -95,6 +113,9 @@ class EngineConfig(Section):
     device, patched, look_ahead, chat_template, trust_remote_code, turbomind: as in `engine.lmdeploy_options`.
     stall_timeout_s: an engine that has work and makes no progress for so long is gone. restarts: so often in a row it
     is started anew, then the process ends. restart_hold_s: so long requests without a token wait for that.
+    replicas: engines side by side; more than one run on Ray, and so does one with a ray_address (host:port of a
+    cluster's head, or "auto"; unset: Ray is started on this machine). replica_resources: what each takes of Ray's,
+    "GPU=2,CPU=4" or a table. replica_profiles: of replica 0, 1 ..., over again; unset: `profile` for all.
     """
 
     kind: Annotated[EngineKind, BeforeValidator(_choice_of(EngineKind))] | None = None
@@ -114,6 +135,18 @@ class EngineConfig(Section):
     stall_timeout_s: float = Field(default=120.0, gt=0, le=86_400)
     restarts: int = Field(default=3, ge=0, le=1000)
     restart_hold_s: float = Field(default=30.0, ge=0, le=86_400)
+    replicas: int = Field(default=1, ge=1, le=1024)
+    ray_address: str | None = Field(default=None, min_length=1)
+    replica_resources: Annotated[dict[str, float], BeforeValidator(_resources)] = Field(default_factory=dict)
+    replica_profiles: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
+
+    @field_validator("replica_resources")
+    @classmethod
+    def _amounts(cls, resources: dict[str, float]) -> dict[str, float]:
+        for name, amount in resources.items():
+            if not (math.isfinite(amount) and amount >= 0 and (amount < 1 or amount == int(amount))):
+                raise ValueError(f"the amount of {name} must be a whole number, or between 0 and 1")
+        return resources
 
     @field_validator("turbomind")
     @classmethod
@@ -122,6 +155,14 @@ class EngineConfig(Section):
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{name} must be a finite number")
         return options
+
+    @property
+    def on_ray(self) -> bool:
+        return self.replicas > 1 or self.ray_address is not None
+
+    def profile_of(self, number: int) -> str:
+        """Of one replica, counted from 0."""
+        return self.replica_profiles[number % len(self.replica_profiles)] if self.replica_profiles else self.profile
 
     @property
     def effective_kind(self) -> EngineKind:

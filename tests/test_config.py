@@ -291,3 +291,43 @@ def test_no_other_module_reads_the_environment() -> None:
             if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "environb"):
                 readers.append(path.name)
     assert set(readers) <= {"config.py"}
+
+
+# -- replicas on Ray ----------------------------------------------------------
+
+
+def test_replicas_take_resources_and_profiles_from_any_source(tmp_path: Path) -> None:
+    file = tmp_path / "server.toml"
+    file.write_text("[engine]\nreplicas = 3\nreplica_profiles = ['a', 'b']\nreplica_resources = {GPU = 2, CPU = 0.5}\n")
+    from_file = load(file, environ={}).engine
+    from_flags = load(
+        environ={"LMDEPLOY_SLO_ENGINE_REPLICAS": "3", "LMDEPLOY_SLO_ENGINE_REPLICA_PROFILES": "a,b"},
+        flags={"engine.replica_resources": "GPU=2, CPU=0.5"},
+    ).engine
+    assert from_file == from_flags
+    assert from_file.replica_resources == {"GPU": 2.0, "CPU": 0.5}
+    assert [from_file.profile_of(number) for number in range(3)] == ["a", "b", "a"]
+    assert load(file, environ={}).to_toml().count("replica_profiles") == 1
+
+
+def test_ray_is_for_several_replicas_or_a_named_cluster() -> None:
+    assert not load(environ={}).engine.on_ray
+    assert load(environ={}, flags={"engine.replicas": 2}).engine.on_ray
+    assert load(environ={}, flags={"engine.ray_address": "auto"}).engine.on_ray
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"engine.replicas": 2, "engine.replica_resources": "GPU"}, "pairs NAME=AMOUNT"),
+        ({"engine.replicas": 2, "engine.replica_resources": "GPU=1.5"}, "amount of GPU"),
+        ({"engine.replicas": 2, "engine.replica_resources": "GPU=-1"}, "amount of GPU"),
+        ({"engine.replica_resources": "GPU=1"}, "set replicas or ray_address"),
+        ({"engine.replicas": 2, "engine.model": "m", "server.http_port": 0}, "http_port"),
+        ({"engine.replicas": 2, "engine.model": "m", "engine.turbomind.devices": [0]}, "Ray gives each replica"),
+        ({"engine.replicas": 0}, "greater than or equal to 1"),
+    ],
+)
+def test_replicas_that_cannot_be_are_refused(flags: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load(environ={}, flags=flags)

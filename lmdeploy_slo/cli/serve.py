@@ -82,6 +82,18 @@ def serve(
     turbomind: list[str] = typer.Option(
         [], help="A field of LMDeploy's TurbomindEngineConfig, KEY=VALUE; may be repeated.", show_default=False
     ),
+    replicas: int | None = _option("engine.replicas", "Engines side by side; more than one run on Ray."),
+    ray_address: str | None = _option(
+        "engine.ray_address", "Ray cluster that hosts them, host:port of its head, or auto; none: this machine."
+    ),
+    replica_resources: str | None = typer.Option(
+        None,
+        help="What each replica takes of Ray's resources, such as GPU=2,CPU=4.",
+        show_default="CPU=1, and the GPUs of the model's parallelism",
+    ),
+    replica_profiles: str | None = typer.Option(
+        None, help="Profiles of the replicas in turn, with commas between.", show_default="--profile for all"
+    ),
     host: str | None = _option("server.host", "Address to listen on."),
     port: int | None = _option("server.port", "Port to listen on; 0: a free one."),
     http_port: int | None = _option(
@@ -151,6 +163,10 @@ def serve(
         "engine.trust_remote_code": trust_remote_code or None,
         "engine.stall_timeout_s": stall_timeout_s,
         "engine.restarts": restarts,
+        "engine.replicas": replicas,
+        "engine.ray_address": ray_address,
+        "engine.replica_resources": replica_resources,
+        "engine.replica_profiles": replica_profiles,
         "scheduler.policy": policy,
         "scheduler.max_queued_requests": max_queued_requests,
         "scheduler.queue_timeout_ms": queue_timeout_ms,
