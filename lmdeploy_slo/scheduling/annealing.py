@@ -3,6 +3,7 @@
 Each plan starts from a portfolio (the rules of `rules` with several numbers sent at once, the last plan, a greedy
 insertion), anneals from the best of them while the budget lasts, and never returns less than the best it has seen.
 What the plan admits now is sent; the rest waits for the next plan, which comes with the next event or engine step.
+Where fewer slots are free than it admits, `slot_order` says who gets them.
 
 Requests that can no longer meet their SLO, or carry none, go by response ratio into what is left over: one is admitted
 when that costs the others (expected misses, and the shadow price of its engine time) no more than `leftover_loss`.
@@ -24,7 +25,11 @@ from lmdeploy_slo.scheduling.annealing_arrays import (
     EPSILON,
     NEVER,
     QUANTILES,
+    Base,
+    Candidates,
     Pace,
+    Scratch,
+    Stakes,
     make_base,
     make_candidates,
     make_scratch,
@@ -34,6 +39,7 @@ from lmdeploy_slo.scheduling.fcfs_backlog import FcfsBacklog
 from lmdeploy_slo.scheduling.policy import SearchBudget
 from lmdeploy_slo.scheduling.rules import rule_order
 from lmdeploy_slo.scheduling.shadow_price import ShadowPrice
+from lmdeploy_slo.scheduling.slot_order import order_for_slots
 
 PORTFOLIO_RULES = ("fcfs", "edf", "llf", "swf")
 PORTFOLIO_SIZES = (1, 2, 4, 8, 16)
@@ -61,6 +67,8 @@ FLOOR_SAVED_S = 1.0
 """Of what the floor grants, so much can be saved up: the prefill of the longest prompts."""
 
 Steps: TypeAlias = npt.NDArray[np.int64]
+Stage: TypeAlias = tuple[Pace, Base, int, Stakes, int, Candidates, Scratch]
+"""What every kernel takes last."""
 
 SEARCHES = ("annealing", "greedy", "portfolio")
 
@@ -167,7 +175,11 @@ class AnnealingPolicy:
         """Compiles the kernels (or loads them from the cache) by planning a made-up snapshot."""
         from lmdeploy_slo.scheduling.warm_up import example_snapshot
 
-        AnnealingPolicy(budget=SearchBudget(time_s=None, evaluations=200)).plan(example_snapshot())
+        snapshot = example_snapshot()
+        policy = AnnealingPolicy(budget=SearchBudget(time_s=None, evaluations=200))
+        policy.plan(snapshot)
+        *_, n, stage = policy._set_stage(snapshot)
+        order_for_slots(snapshot, policy._candidates, np.arange(n), stage[0], policy._state)
 
     def plan(self, snapshot: Snapshot) -> Plan:
         started_at_s = self._clock.now_s()
@@ -184,8 +196,10 @@ class AnnealingPolicy:
 
         engine_s, hopeful, n, stage = self._set_stage(snapshot)
         search = self._search(n, stage, snapshot, started_at_s)
-        rows = self._candidates.row[:n]
-        send = rows[search.best == 0]
+        rows, now = self._candidates.row[:n], np.flatnonzero(search.best == 0)
+        if len(now) > snapshot.free_slots:
+            now = order_for_slots(snapshot, self._candidates, now, stage[0], self._state)
+        send = rows[now]
         leftovers = self._by_response(snapshot, engine_s, np.flatnonzero(~hopeful))
         extra, self._granted_s = kernel.admit_leftovers(
             waiting, leftovers[: options.leftovers_per_plan], now_s, options.patience * self._backlog.longest_s,
@@ -196,7 +210,7 @@ class AnnealingPolicy:
             # An idle engine earns nothing: whatever the price, somebody goes.
             send, extra = (rows[:1], 0) if n else (send, 1)
         chosen = _within_kv(snapshot, np.concatenate([send, leftovers[:extra]]))[: snapshot.free_slots]
-        order = self._order(snapshot, chosen, rows[np.argsort(search.best, kind="stable")], leftovers)
+        order = self._order(snapshot, (chosen, send, rows[np.argsort(search.best, kind="stable")], leftovers))
         self._remember(waiting, rows, search.best, now_s)
         return Plan(
             order=waiting["handle"][order],
@@ -211,9 +225,7 @@ class AnnealingPolicy:
     def _price_s(self) -> float:
         return self._options.price_weight * self._price.price_s
 
-    def _set_stage(
-        self, snapshot: Snapshot
-    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_], int, tuple[object, ...]]:
+    def _set_stage(self, snapshot: Snapshot) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_], int, Stage]:
         """(engine time by waiting row, which can still meet, how many candidates, what every kernel takes last)."""
         model, running, waiting, options = snapshot.model, snapshot.running, snapshot.waiting, self._options
         if QUANTILES * len(running) > len(self._stakes.end):
@@ -259,7 +271,7 @@ class AnnealingPolicy:
 
     # -- the search -----------------------------------------------------------
 
-    def _search(self, n: int, stage: tuple[object, ...], snapshot: Snapshot, started_at_s: float) -> _Search:
+    def _search(self, n: int, stage: Stage, snapshot: Snapshot, started_at_s: float) -> _Search:
         """Admission steps of the `n` candidates."""
         evaluations = self._budget.evaluations or 1 << 40
         nothing = np.full(n, NEVER, dtype=np.int64)
@@ -345,11 +357,11 @@ class AnnealingPolicy:
         response *= self._price.worth_of(waiting["client"])
         return np.asarray(rows[np.lexsort((-response, -waiting["tier"]))], dtype=np.int64)
 
-    def _order(self, snapshot: Snapshot, chosen: Steps, later: Steps, leftovers: Steps) -> Steps:
-        """Every row once: those sent now, candidates by plan, leftovers, and the others by arrival."""
+    def _order(self, snapshot: Snapshot, groups: tuple[Steps, ...]) -> Steps:
+        """Every row once: one group after the other, then the others by arrival."""
         left = np.ones(len(snapshot.waiting), dtype=np.bool_)
         parts = []
-        for rows in (chosen, later, leftovers):
+        for rows in groups:
             rows = rows[left[rows]]
             left[rows] = False
             parts.append(rows)
