@@ -53,9 +53,9 @@ class Failover:
     def evacuate(self, replica: Replica) -> None:
         """What is left in an engine that is taken away goes on elsewhere, or ends."""
         for live in list(replica.in_engine.values()):
-            replica.abort(live.spec.request_id)
             if not self._goes_on(live):
                 self._end(live, EngineUnavailable("its engine was taken away"))
+            replica.abort(live.spec.request_id)
 
     def _goes_on(self, live: Live) -> bool:
         if not self._pool.others_open(live.replica) and not live.replica.recovery.returning:

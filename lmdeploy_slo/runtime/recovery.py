@@ -34,7 +34,7 @@ class Recovery:
         fail_all: Callable[[EngineUnavailable], None],
         changed: Callable[[], None],
     ) -> None:
-        """fail_all: ends every request that waits for this engine. changed: `up` is not what it was."""
+        """fail_all: ends every request that waits for this engine. changed: `up` or `lost` is not what it was."""
         self.lost = asyncio.Event()
         self.up = True
         self._engine = engine if isinstance(engine, SupervisedEngine) else None
@@ -95,6 +95,8 @@ class Recovery:
             self._stop_holding()
             self.lost.set()
             loop.call_soon(self._fail_all, EngineUnavailable("the engine is gone"))
+        if state is EngineState.LOST and not self.up:
+            self._changed()  # it was down already, and stays so
         self._set(state is EngineState.UP)
 
     def _on_hold_over(self) -> None:

@@ -97,7 +97,7 @@ class Runtime:
             end=lambda live, error: self.end(live, EndStatus.FAILED, error, in_engine=False),
             queue_timeout=self._on_queue_timeout,
         )
-        self._started = self._draining = False
+        self._started = self._draining = self._was_serving = False
         self._resumes = fleet is not None  # there may be another engine to go on in
         self._empty = asyncio.Event()
         self._empty.set()
@@ -182,6 +182,7 @@ class Runtime:
         """Ready for requests when it returns: policies compiled, engines up. Raises what any of them raises."""
         await asyncio.gather(*(replica.start() for replica in self.replicas.values()))
         self._started = True
+        self._was_serving = True
         for replica in self.replicas.values():
             self.opened(replica)
 
@@ -366,7 +367,8 @@ class Runtime:
         self._pool.rebalance()
         if all(other.recovery.lost.is_set() for other in self.replicas.values()):
             self.lost.set()
-        if self.on_serving_change is not None:
+        was, self._was_serving = self._was_serving, self.serving
+        if self.on_serving_change is not None and was != self._was_serving:
             self.on_serving_change()
 
     def held_too_long(self, replica: Replica, error: EngineUnavailable) -> None:
