@@ -60,8 +60,9 @@ PRICE_BATCH = 128.0
 
 SHORTEST_STEP_S = 1e-6
 
-SEARCH_SHARE = 0.85
-"""Part of a time budget after which the search ends; the rest is for what comes after it."""
+SEARCH_SHARE, SEARCH_SHARE_WITHOUT_SLOTS = 0.85, 0.72
+"""Part of a time budget after which the search ends; the rest is for what comes after it, which is more where there are
+more candidates than free slots."""
 
 FLOOR_SAVED_S = 1.0
 """Of what the floor grants, so much can be saved up: the prefill of the longest prompts."""
@@ -280,13 +281,14 @@ class AnnealingPolicy:
         if n == 0:
             return search
         worth, price = self._candidates.worth[:n], self._candidates.price[:n]
+        share = SEARCH_SHARE if n <= snapshot.free_slots else SEARCH_SHARE_WITHOUT_SLOTS
         bound = base_score + float(np.sum(np.maximum(worth - price, 0.0))) - EPSILON
 
         def done() -> float:
             """The part of the budget that is spent; 1 also where nothing can score higher."""
             part = 1.0 if search.score >= bound else search.spent / evaluations
             if self._budget.time_s is not None:
-                part = max(part, (self._clock.now_s() - started_at_s) / (SEARCH_SHARE * self._budget.time_s))
+                part = max(part, (self._clock.now_s() - started_at_s) / (share * self._budget.time_s))
             return part
 
         if self._options.search != "portfolio":
