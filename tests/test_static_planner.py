@@ -264,7 +264,7 @@ def test_construction_equals_its_plain_twin_with_many_requests_and_narrow_beams(
 
 
 def test_more_requests_get_more_moves_and_a_narrower_beam() -> None:
-    assert [beam_width(n) for n in (1, 10, 20, 32, 80, 81)] == [16, 16, 64, 15, 1, 0]
+    assert [beam_width(n) for n in (1, 10, 20, 32, 80, 81)] == [8, 8, 64, 15, 1, 0]
     assert [walks(n) for n in (1, 10, 15, 25, 4096)] == [5, 5, 10, 20, 20]
     for n, moves in ((1, 100), (10, 100), (20, 400), (40, 1600), (100, 640), (640, 100), (4096, 100)):
         assert 0 <= walks(n) * moves_of_a_walk(n, SCHEDULE) - moves < walks(n)

@@ -31,11 +31,11 @@ their number times as many; fewer do not get fewer."""
 FEWEST_WALKS, MOST_WALKS = 5, 20
 """So many walks share the moves of a level, one more for each request above ten: where one sticks, others do not."""
 
-BEAM = 16
+BEAM, WIDER_BEAM = 8, 16
 MOST_BEAM_WORK = 512_000
-"""Width of the beam in which a plan is constructed; for more than SCHEDULE_FOR requests it grows with the square of
-their number. Its work grows with its width and the third power of the requests: beyond this product it is narrower, and
-above 80 requests there is none."""
+"""Width of the beam in which a plan is constructed: BEAM for up to SCHEDULE_FOR requests, for more WIDER_BEAM times the
+square of requests / SCHEDULE_FOR. Its work grows with its width and the third power of the requests: beyond this
+product it is narrower, and above 80 requests there is none."""
 
 LOSS_SCALE = 40.0
 """exp(dG/T) needs a unit: a loss of the whole G is LOSS_SCALE n^2, so one request in n is LOSS_SCALE n."""
@@ -61,7 +61,10 @@ def anneal(
     tables = weigh(problem)
     n = len(problem.requests)
     by_length = np.argsort(tables.run_time[problem.largest_batch, :n], kind="stable")
-    starts = [cut(rule_order(problem, rule), problem.largest_batch) for rule in RULES]
+    starts = np.zeros((len(RULES) + 1, n), dtype=np.uint64)  # the last is for the plan that is constructed
+    for start, rule in zip(starts, RULES):
+        start[:] = cut(rule_order(problem, rule), problem.largest_batch)
+    run_time, limit = tables.run_time.ravel(), tables.limit.ravel()
     batch_of = np.zeros(n, dtype=np.uint64)
     constructed = 0
     begun_at_s = clock.now_s()
@@ -74,13 +77,14 @@ def anneal(
             tables.free,
             problem.largest_batch,
             beam_width(n),
-            batch_of,
+            starts[-1],
         )
-        starts.append(batch_of.copy())
+    else:
+        starts = starts[:-1]
     met, total, evaluations = static_kernel.anneal(
-        np.array(starts),
-        tables.run_time.ravel(),
-        tables.limit.ravel(),
+        starts,
+        run_time,
+        limit,
         tables.waited,
         tables.free,
         np.uint64(problem.largest_batch),
@@ -102,7 +106,9 @@ def anneal(
 
 def beam_width(requests: int) -> int:
     """Of the beam in which a plan for so many requests is constructed; 0 for none."""
-    return min(max(BEAM, BEAM * requests**2 // SCHEDULE_FOR**2), MOST_BEAM_WORK // requests**3)
+    if requests <= SCHEDULE_FOR:
+        return BEAM
+    return min(WIDER_BEAM * requests**2 // SCHEDULE_FOR**2, MOST_BEAM_WORK // requests**3)
 
 
 def walks(requests: int) -> int:
