@@ -8,7 +8,8 @@
                       chat_template, trust_remote_code
     [engine.turbomind]  further fields of LMDeploy's TurbomindEngineConfig, by its names
     [scheduler]       policy, seed, plan_budget_ms, patience, max_queued_requests, queue_timeout_ms, shed, calibrate,
-                      length_predictor
+                      length_predictor, placement
+    [autoscale]       min_replicas, max_replicas, attainment, up_s, down_s, grace_s
     [stream]          flush_interval_ms
     [limits]          max_streams, max_queued_tokens, max_wait_ms, queue_share, client_max_streams,
                       client_max_queued_requests, client_max_queued_tokens, client_tokens_per_s, client_burst_tokens
@@ -110,6 +111,8 @@ class Config(Sections):
             raise ValueError("http_port: LMDeploy's HTTP routes need the engine in this process: one replica, no Ray")
         if engine.on_ray and "devices" in engine.turbomind:
             raise ValueError("turbomind.devices: Ray gives each replica its devices; leave it out")
+        if not engine.on_ray and self.autoscale.max_replicas is not None:
+            raise ValueError("autoscale: of replicas on Ray; set replicas, or ray_address (local: this machine)")
         if not engine.on_ray and engine.replica_resources:
             raise ValueError("replica_resources: of replicas on Ray; set replicas or ray_address")
         return self

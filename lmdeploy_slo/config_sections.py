@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from lmdeploy_slo.core.clients import ClientPolicy
-from lmdeploy_slo.core.plan import DEFAULT_PATIENCE
+from lmdeploy_slo.core.plan import DEFAULT_PATIENCE, DEFAULT_PLACEMENT
 from lmdeploy_slo.core.slo import Slo, seconds_of
 from lmdeploy_slo.core.snapshot import EngineLimits
 from lmdeploy_slo.engine.lmdeploy_options import Device
@@ -189,7 +189,8 @@ class SchedulerConfig(Section):
     `annealing` alone, as in `scheduling.annealing.AnnealingOptions`. max_queued_requests, queue_timeout_ms (of requests
     that name none): unset is no bound. shed: refuse a sheddable request at once when its forecast breaks its SLO.
     calibrate: what is believed of the engine's speed and of its prefix cache is refined by what is seen of them.
-    length_predictor: "learned" by task, prompt and client, or "gaussian", as in the paper.
+    length_predictor: "learned" by task, prompt and client, or "gaussian", as in the paper. placement: on which of
+    several replicas a request is served, by the names of `scheduling.placement`.
     """
 
     policy: str = Field(default="annealing", min_length=1)
@@ -201,6 +202,28 @@ class SchedulerConfig(Section):
     shed: bool = False
     calibrate: bool = True
     length_predictor: Literal["learned", "gaussian"] = "learned"
+    placement: str = Field(default=DEFAULT_PLACEMENT, min_length=1)
+
+
+class AutoscaleConfig(Section):
+    """How many replicas there are, by what requests are foretold; `runtime.autoscale` has the rule. Unset max_replicas:
+    off. attainment: the target. up_s, down_s: how long it is looked at before there are more, or fewer.
+    grace_s: so long what runs in a replica that is taken away may end, before it goes on elsewhere; also where an
+    operator takes it away.
+    """
+
+    min_replicas: int = Field(default=1, ge=1, le=1024)
+    max_replicas: int | None = Field(default=None, ge=1, le=1024)
+    attainment: float = Field(default=0.9, gt=0, le=1)
+    up_s: float = Field(default=15.0, ge=1, le=600)
+    down_s: float = Field(default=300.0, ge=1, le=600)
+    grace_s: float = Field(default=60.0, ge=0, le=86_400)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> AutoscaleConfig:
+        if self.max_replicas is not None and self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas ({self.min_replicas}) is above max_replicas ({self.max_replicas})")
+        return self
 
 
 class StreamConfig(Section):
@@ -321,6 +344,7 @@ class Sections(Section):
     server: ServerConfig = ServerConfig()
     engine: EngineConfig = EngineConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+    autoscale: AutoscaleConfig = AutoscaleConfig()
     stream: StreamConfig = StreamConfig()
     limits: LimitsConfig = LimitsConfig()
     security: SecurityConfig = SecurityConfig()

@@ -60,7 +60,7 @@ class Bench:
         return SupervisedEngine(build, self.clock, SUPERVISION), scheduler, RulePolicy("fcfs")
 
     def add(self) -> Replica:
-        return self.runtime.add(*self.parts(), executor=InlineExecutor())
+        return self.runtime.add(*self.parts())
 
     def engine(self, number: int) -> ScriptedEngine:
         return self.engines[number][-1]

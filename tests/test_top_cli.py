@@ -15,7 +15,16 @@ from rich.console import Console
 from serve_process import serve
 
 from lmdeploy_slo.cli.top import Picture, frame, look
-from lmdeploy_slo.client import Client, Load, ModelInfo, PlanQuality, ServerInfo, StepForecasts, TaskLoad
+from lmdeploy_slo.client import (
+    Client,
+    Load,
+    ModelInfo,
+    PlanQuality,
+    ReplicaLoad,
+    ServerInfo,
+    StepForecasts,
+    TaskLoad,
+)
 from lmdeploy_slo.clock import VirtualClock
 
 MODEL = ModelInfo("qwen", "lmdeploy", False, None, None, 256, 8192, None)
@@ -27,7 +36,7 @@ def load(**changes: Any) -> Load:
     """A server where nothing happens, but for `changes`."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(Load):
-        values[field.name] = {"last_minute": (), "refused": {}, "draining": False}.get(field.name, 0)
+        values[field.name] = {"last_minute": (), "replicas": (), "refused": {}, "draining": False}.get(field.name, 0)
     values["step_forecasts"] = StepForecasts(0.0, 1.0, False, 0)
     values |= {"kv_usage": None, "oldest_wait_ms": None, "last_plan": None, "last_plan_ms": None, "mean_plan_ms": None}
     return Load(**(values | changes))
@@ -58,6 +67,19 @@ def test_what_waits_and_what_runs() -> None:
     text = shown(dataclasses.replace(seen, kv_usage=0.42), server)
     assert "1,234  of 500, 56,789 prompt tokens, oldest for 4.3 s" in text
     assert "of 256, KV cache 42%" in text
+
+
+def test_engines_where_there_are_several() -> None:
+    steps = StepForecasts(0.02, 1.0, False, 5)
+    one = ReplicaLoad("emulated-0", True, False, 3, 7, 8, 100, 0.5, 1000, 0, steps)
+    two = dataclasses.replace(one, instance="emulated-1", up=False, kv_usage=None, engine_restarts=2)
+    three = dataclasses.replace(one, instance="emulated-2", draining=True)
+    lines = shown(load(replicas=(one, two, three))).splitlines()
+    (first,) = [line for line in lines if "emulated-0" in line]
+    assert first.split()[1:-1] == ["emulated-0", "up", "3", "7", "of", "8", "50%", "0", "2.0%"]
+    assert any("emulated-1" in line and " down " in line for line in lines)
+    assert any("emulated-2" in line and " draining " in line for line in lines)
+    assert "engines" not in shown(load(replicas=(one,)))
 
 
 def test_attainment_by_task() -> None:

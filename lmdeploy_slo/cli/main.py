@@ -22,6 +22,7 @@ COMMANDS = {
     "generate": "Send one prompt to a server and stream the answer.",
     "top": "Watch a server: queue, running, SLO attainment by task, plan quality.",
     "explain": "Tell why a request waited, what went before it and at what price.",
+    "scale": "Have a server run more engines, or fewer.",
     "replay": "Replay recorded traces against a server and report SLO attainment.",
     "simulate": "Replay recorded traces in virtual time, without a server.",
     "compare": "Simulate many combinations in parallel and compare them in pairs.",

@@ -94,6 +94,13 @@ def serve(
     replica_profiles: str | None = typer.Option(
         None, help="Profiles of the replicas in turn, with commas between.", show_default="--profile for all"
     ),
+    placement: str | None = _option("scheduler.placement", "On which replica a request is served."),
+    min_replicas: int | None = _option(
+        "autoscale.min_replicas", "Replicas, at least, where there is a --max-replicas."
+    ),
+    max_replicas: int | None = _option(
+        "autoscale.max_replicas", "Add replicas, up to so many, while too few SLOs are foretold to be met."
+    ),
     host: str | None = _option("server.host", "Address to listen on."),
     port: int | None = _option("server.port", "Port to listen on; 0: a free one."),
     http_port: int | None = _option(
@@ -167,6 +174,9 @@ def serve(
         "engine.ray_address": ray_address,
         "engine.replica_resources": replica_resources,
         "engine.replica_profiles": replica_profiles,
+        "scheduler.placement": placement,
+        "autoscale.min_replicas": min_replicas,
+        "autoscale.max_replicas": max_replicas,
         "scheduler.policy": policy,
         "scheduler.max_queued_requests": max_queued_requests,
         "scheduler.queue_timeout_ms": queue_timeout_ms,

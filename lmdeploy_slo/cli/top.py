@@ -18,7 +18,7 @@ from rich.text import Text
 
 from lmdeploy_slo.cli import connection
 from lmdeploy_slo.cli.generate import check_target, describe_error
-from lmdeploy_slo.client import Client, Load, ModelInfo, PlanQuality, ServerInfo, TaskLoad
+from lmdeploy_slo.client import Client, Load, ModelInfo, PlanQuality, ReplicaLoad, ServerInfo, TaskLoad
 from lmdeploy_slo.clock import Clock, MonotonicClock
 from lmdeploy_slo.errors import SloError
 
@@ -100,7 +100,10 @@ def look(
 
 def frame(picture: Picture) -> RenderableType:
     """What is shown of a picture."""
-    return Group(_header(picture), _numbers(picture), _tasks(picture.load.last_minute), _plans(picture))
+    parts = [_header(picture), _numbers(picture), _tasks(picture.load.last_minute), _plans(picture)]
+    if len(picture.load.replicas) > 1:
+        parts.insert(2, _replicas(picture.load.replicas))
+    return Group(*parts)
 
 
 def _header(picture: Picture) -> RenderableType:
@@ -141,6 +144,25 @@ def _numbers(picture: Picture) -> RenderableType:
             "refused", f"{sum(load.refused.values()):,}", ", ".join(f"{n:,} {reason}" for reason, n in refused)
         )
     return Panel(table, title="now", title_align="left")
+
+
+def _replicas(replicas: tuple[ReplicaLoad, ...]) -> RenderableType:
+    table = Table(expand=True, box=None, header_style="bold")
+    for name in ("engine", "", "waiting", "running", "KV cache", "restarts", "forecasts off by"):
+        table.add_column(name, justify="left" if name in ("engine", "") else "right", overflow="fold")
+    for one in replicas:
+        state = ("draining", "yellow") if one.draining else ("up", "green") if one.up else ("down", "bold red")
+        steps = one.step_forecasts
+        table.add_row(
+            one.instance,
+            Text(*state),
+            f"{one.waiting:,}",
+            f"{one.in_flight:,} of {one.max_in_flight:,}",
+            "-" if one.kv_usage is None else f"{one.kv_usage:.0%}",
+            f"{one.engine_restarts:,}",
+            f"{steps.relative_error:.1%}" if steps.windows else "-",
+        )
+    return Panel(table, title="engines", title_align="left")
 
 
 def _tasks(tasks: tuple[TaskLoad, ...]) -> RenderableType:

@@ -23,6 +23,7 @@ from lmdeploy_slo.client.results import (
     Generation,
     Load,
     ModelInfo,
+    Scaled,
     ServerInfo,
     StreamChunk,
     chunk_of,
@@ -30,6 +31,7 @@ from lmdeploy_slo.client.results import (
     generation_of,
     load_of,
     model_info_of,
+    scaled_of,
     server_info_of,
 )
 from lmdeploy_slo.client.retry import Attempts, RetryPolicy
@@ -134,6 +136,10 @@ class AsyncClient:
         """Why a request waited. Raises RequestNotFound where the server remembers nothing of it."""
         request = pb.ExplainRequest(request_id=request_id)
         return explanation_of(await self._unary("Explain", request, timeout_s))
+
+    async def scale(self, replicas: int, *, timeout_s: float | None = INFO_TIMEOUT_S) -> Scaled:
+        """There shall be so many engines, 1 to 1024; for operators. Answers at once, `load` shows how it goes on."""
+        return scaled_of(await self._unary("Scale", pb.ScaleRequest(replicas=replicas), timeout_s))
 
     async def close(self) -> None:
         """Cancels what is running and closes the connection; later calls raise. Idempotent."""

@@ -22,6 +22,7 @@ from lmdeploy_slo.client.results import (
     Generation,
     Load,
     ModelInfo,
+    Scaled,
     ServerInfo,
     StreamChunk,
     chunk_of,
@@ -29,6 +30,7 @@ from lmdeploy_slo.client.results import (
     generation_of,
     load_of,
     model_info_of,
+    scaled_of,
     server_info_of,
 )
 from lmdeploy_slo.client.retry import Attempts, RetryPolicy
@@ -142,6 +144,10 @@ class Client:
         """Why a request waited. Raises RequestNotFound where the server remembers nothing of it."""
         request = pb.ExplainRequest(request_id=request_id)
         return explanation_of(self._unary(self._stub.Explain, request, timeout_s))
+
+    def scale(self, replicas: int, *, timeout_s: float | None = INFO_TIMEOUT_S) -> Scaled:
+        """There shall be so many engines, 1 to 1024; for operators. Answers at once, `load` shows how it goes on."""
+        return scaled_of(self._unary(self._stub.Scale, pb.ScaleRequest(replicas=replicas), timeout_s))
 
     def close(self) -> None:
         """Cancels what is running and closes the connection; later calls raise ValueError. Idempotent."""

@@ -75,7 +75,7 @@ class Explanation:
 
     state: None for one this client does not know. reason: how it ended, "stop", "length" or the reason of its error;
     empty until then. dearest: of those sent before it, the ones that cost most. sent: itself, None where it was not
-    sent or that is forgotten. complete: nothing that was sent before it is forgotten.
+    sent or that is forgotten. complete: nothing that was sent before it is forgotten. moves: from engine to engine.
     """
 
     request_id: str
@@ -96,6 +96,7 @@ class Explanation:
     dearest: tuple[SentRequest, ...]
     sent: SentRequest | None
     complete: bool
+    moves: int = 0
 
 
 _STATES = {

@@ -210,12 +210,39 @@ class TaskLoad:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicaLoad:
+    """One engine, and who waits for it; as ReplicaLoad of the wire protocol."""
+
+    instance: str
+    up: bool
+    draining: bool
+    waiting: int
+    in_flight: int
+    max_in_flight: int
+    waiting_prompt_tokens: int
+    kv_usage: float | None
+    output_tokens: int
+    engine_restarts: int
+    step_forecasts: StepForecasts
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """wanted: how many engines there shall be. up: how many take requests by now."""
+
+    wanted: int
+    up: int
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """What the server is doing. Counters run since it started; `with_slo` leaves cancelled requests out.
 
     failed_plans: of `plans`, those where the policy failed and arrival order stood in. output_tokens: generated.
     oldest_wait_ms: None where none waits. last_plan: None before the first. last_minute: by task. refused: by reason;
-    also malformed requests and those whose id was in use, which are not among `rejected`.
+    also malformed requests and those whose id was in use, which are not among `rejected`. retried, resumed: of accepted
+    requests whose engine was gone, those that started over and those that went on elsewhere. predicted_attainment: the
+    mean chance of meeting their SLO that requests of the last minute were told, None where there were none.
     """
 
     waiting: int
@@ -241,6 +268,10 @@ class Load:
     last_minute: tuple[TaskLoad, ...]
     step_forecasts: StepForecasts
     refused: dict[str, int]
+    retried: int = 0
+    resumed: int = 0
+    replicas: tuple[ReplicaLoad, ...] = ()
+    predicted_attainment: float | None = None
 
 
 def generation_of(message: pb.GenerateResponse) -> Generation:
@@ -278,8 +309,18 @@ def load_of(message: pb.GetLoadResponse) -> Load:
         "step_forecasts": plain(StepForecasts, message.step_forecasts),
         "last_minute": tuple(plain(TaskLoad, task) for task in message.last_minute),
         "refused": dict(message.refused),
+        "replicas": tuple(_replica(replica) for replica in message.replicas),
     }
     return Load(**values(Load, message, nested))
+
+
+def scaled_of(message: pb.ScaleResponse) -> Scaled:
+    return Scaled(**values(Scaled, message))
+
+
+def _replica(message: pb.ReplicaLoad) -> ReplicaLoad:
+    nested = {"step_forecasts": plain(StepForecasts, message.step_forecasts)}
+    return ReplicaLoad(**values(ReplicaLoad, message, nested))
 
 
 def _completion(message: pb.Completion) -> Completion:

@@ -11,6 +11,9 @@ DEFAULT_PATIENCE = 2.0
 """How long requests whose SLO is lost may be put off, in terms of the longest wait first come, first served would have
 caused of late: the knob between attainment and the longest waits; see `scheduling.annealing.AnnealingOptions`."""
 
+DEFAULT_PLACEMENT = "slo"
+"""On which of several engines a request is served; see `scheduling.placement`."""
+
 
 @dataclass(frozen=True, slots=True)
 class PlanQuality:

@@ -21,6 +21,7 @@ from lmdeploy_slo.gateway.security import Security, guarded
 from lmdeploy_slo.gateway.service import SERVICE_NAME, InferenceService
 from lmdeploy_slo.gateway.tls import TlsCredentials
 from lmdeploy_slo.runtime.runtime import Runtime
+from lmdeploy_slo.runtime.scaling import Scaling
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class Gateway:
         self, runtime: Runtime, options: GatewayOptions | None = None, security: Security | None = None
     ) -> None:
         """security: None for plain text, open to everybody who reaches the port."""
+        self.scaling: Scaling | None = None  # where engines may come and go; to be set before `start`
         self._runtime = runtime
         self._options = options or GatewayOptions()
         self._security = security or Security()
@@ -85,6 +87,7 @@ class Gateway:
         )
         security = self._security
         self._service = InferenceService(self._runtime, self._options, security)
+        self._service.scaling = self.scaling
         server.add_generic_rpc_handlers((self._service.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)  # open to all: probes hold no token
         if security.reflection:

@@ -25,6 +25,7 @@ from lmdeploy_slo.errors import (
     EngineUnavailable,
     FieldViolation,
     InvalidRequest,
+    PermissionDenied,
     Rejected,
     RequestError,
     RequestNotFound,
@@ -47,6 +48,7 @@ from lmdeploy_slo.gateway.validation import (
     priority_class_of,
 )
 from lmdeploy_slo.runtime.runtime import Runtime
+from lmdeploy_slo.runtime.scaling import Scaling
 from lmdeploy_slo.runtime.stream import Completion, Encoder, RequestStream
 from lmdeploy_slo.scheduling.admission import unmet_objectives
 from lmdeploy_slo.scheduling.limits import Ticket
@@ -71,6 +73,7 @@ class InferenceService:
     """The service on a started runtime."""
 
     def __init__(self, runtime: Runtime, options: GatewayOptions, security: Security | None = None) -> None:
+        self.scaling: Scaling | None = None  # where engines may come and go
         self._runtime = runtime
         self._options = options
         self._identifier = (security or Security()).identifier
@@ -92,6 +95,7 @@ class InferenceService:
             "GetServerInfo": self.get_server_info,
             "GetLoad": self.get_load,
             "Explain": self.explain,
+            "Scale": self.scale,
         }
         methods: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
             name: grpc.unary_unary_rpc_method_handler(self._guarded(rpc)) for name, rpc in unary.items()
@@ -278,6 +282,17 @@ class InferenceService:
         if told is None:
             raise RequestNotFound(f"nothing is remembered of a request {request.request_id!r}")
         return to_explanation(told).SerializeToString()
+
+    # -- engines --------------------------------------------------------------
+
+    async def scale(self, data: bytes, context: _Context) -> bytes:
+        request = _parse(pb.ScaleRequest, data)
+        if self._may_touch() is not None:
+            raise PermissionDenied("how many engines there are is for operators to say")
+        if self.scaling is None:
+            raise InvalidRequest([FieldViolation("replicas", "the engine of this server runs in its own process")])
+        up = self.scaling.scale(request.replicas)
+        return pb.ScaleResponse(wanted=self.scaling.wanted, up=up).SerializeToString()
 
     # -- who calls ------------------------------------------------------------
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from lmdeploy_slo.core.plan import PlanQuality
 from lmdeploy_slo.core.request import EndStatus, PriorityClass
 from lmdeploy_slo.gateway.encoding import to_prediction, to_slo, to_timing
+from lmdeploy_slo.prediction.calibration import CalibrationStatistics
 from lmdeploy_slo.runtime.explanation import Explanation, Place, Queued, RequestState, Sent
 from lmdeploy_slo.runtime.last_minute import TaskCounts
-from lmdeploy_slo.runtime.statistics import RuntimeLoad
+from lmdeploy_slo.runtime.statistics import ReplicaLoad, RuntimeLoad
 from lmdeploy_slo.v1 import inference_pb2 as pb
 
 _STATES = {
@@ -46,14 +47,38 @@ def to_load(load: RuntimeLoad) -> pb.GetLoadResponse:
         oldest_wait_ms=_ms(load.oldest_wait_s),
         output_tokens=load.output_tokens,
         last_plan=None if load.last_plan is None else _to_quality(load.last_plan.plan.quality),
-        step_forecasts=pb.StepForecasts(
-            relative_error=load.calibration.relative_error,
-            slowness=load.calibration.slowness,
-            drifting=load.calibration.drifting,
-            windows=load.calibration.windows,
-        ),
+        step_forecasts=_to_step_forecasts(load.calibration),
         last_minute=[_to_task(task, counts) for task, counts in load.last_minute.items()],
         refused=load.refused,
+        retried=load.retried,
+        resumed=load.resumed,
+        replicas=[_to_replica(replica) for replica in load.replicas],
+        predicted_attainment=load.predicted_attainment,
+    )
+
+
+def _to_replica(replica: ReplicaLoad) -> pb.ReplicaLoad:
+    return pb.ReplicaLoad(
+        instance=replica.name,
+        up=replica.up,
+        draining=replica.draining,
+        waiting=replica.waiting,
+        in_flight=replica.in_flight,
+        max_in_flight=replica.max_in_flight,
+        waiting_prompt_tokens=replica.waiting_prompt_tokens,
+        kv_usage=replica.kv_usage,
+        output_tokens=replica.output_tokens,
+        engine_restarts=replica.engine_restarts,
+        step_forecasts=_to_step_forecasts(replica.calibration),
+    )
+
+
+def _to_step_forecasts(calibration: CalibrationStatistics) -> pb.StepForecasts:
+    return pb.StepForecasts(
+        relative_error=calibration.relative_error,
+        slowness=calibration.slowness,
+        drifting=calibration.drifting,
+        windows=calibration.windows,
     )
 
 
@@ -82,6 +107,7 @@ def to_explanation(told: Explanation) -> pb.ExplainResponse:
         dearest=[_to_sent(sent) for sent in told.before],
         sent=None if told.sent is None else _to_sent(told.sent),
         complete=told.complete,
+        moves=told.moves,
     )
     if told.slo_met is not None:
         message.slo_met = told.slo_met

@@ -20,7 +20,7 @@ from lmdeploy_slo.core.request import EndStatus
 from lmdeploy_slo.errors import ConfigError, RequestError
 from lmdeploy_slo.prediction.calibration import CalibrationStatistics
 from lmdeploy_slo.runtime.observer import AppliedPlan, EndedRequest, Refusal
-from lmdeploy_slo.runtime.statistics import RuntimeLoad
+from lmdeploy_slo.runtime.statistics import ReplicaLoad, RuntimeLoad
 
 PREFIX = "lmdeploy_slo:"
 
@@ -201,6 +201,11 @@ _GAUGES: tuple[tuple[str, str, Callable[[RuntimeLoad], float | None]], ...] = (
     ("oldest_wait_seconds", "Since the arrival of whoever waits longest.", lambda load: load.oldest_wait_s or 0.0),
     ("kv_cache_usage_ratio", "Of the KV cache, 0 to 1; absent where unknown.", lambda load: load.kv_usage),
     ("serving", "1 where new requests are taken; 0 while draining, or without an engine.", lambda load: load.serving),
+    (
+        "predicted_attainment_ratio",
+        "Mean chance of meeting their SLO that requests of the last minute were told.",
+        lambda load: load.predicted_attainment,
+    ),
     ("engine_second_price", "What a second of engine time is worth, in requests met.", lambda load: load.price_s),
 )
 
@@ -245,9 +250,39 @@ class _LoadCollector(Collector):
             for task, counts in load.last_minute.items():
                 if counts.with_slo:
                     attainment.add_metric((task,), counts.slo_met / counts.with_slo)
+        resumed = CounterMetricFamily(
+            PREFIX + "requests_resumed", "Requests that went on in another engine: theirs was gone."
+        )
+        if load is not None:
+            resumed.add_metric((), load.resumed)
         yield attainment
-        yield from (generated, restarts, retried)
+        yield from (generated, restarts, retried, resumed)
+        yield from _replicas(() if load is None else load.replicas)
         yield from _calibration(None if load is None else load.calibration)
+
+
+_REPLICAS: tuple[tuple[str, str, Callable[[ReplicaLoad], float | None]], ...] = (
+    ("replica_up", "1 where the engine takes requests.", lambda one: one.up and not one.draining),
+    ("replica_requests_waiting", "Accepted, waiting for this engine.", lambda one: one.waiting),
+    ("replica_requests_running", "In this engine, not ended.", lambda one: one.in_flight),
+    ("replica_kv_cache_usage_ratio", "Of its KV cache, 0 to 1; absent where unknown.", lambda one: one.kv_usage),
+    (
+        "replica_calibration_relative_error",
+        "Mean |expected - seen| / expected of its steps, lately.",
+        lambda one: one.calibration.relative_error,
+    ),
+)
+
+
+def _replicas(replicas: Sequence[ReplicaLoad]) -> Iterator[GaugeMetricFamily]:
+    """By instance; engines come and go, and so do their series."""
+    for name, text, read in _REPLICAS:
+        family = GaugeMetricFamily(PREFIX + name, text, labels=("instance",))
+        for one in replicas:
+            value = read(one)
+            if value is not None:
+                family.add_metric((one.name,), value)
+        yield family
 
 
 def _calibration(now: CalibrationStatistics | None) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:

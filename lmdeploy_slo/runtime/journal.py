@@ -17,6 +17,7 @@ from lmdeploy_slo.core.request import EndStatus, RequestSpec
 from lmdeploy_slo.core.snapshot import Snapshot
 from lmdeploy_slo.errors import DeadlineExceeded, RequestError, RequestIdInUse
 from lmdeploy_slo.runtime.decisions import DecisionLimits, DecisionLog, Stories
+from lmdeploy_slo.runtime.demand import DemandLog
 from lmdeploy_slo.runtime.explanation import Explanation
 from lmdeploy_slo.runtime.last_minute import LastMinute, TaskCounts, TaskNames
 from lmdeploy_slo.runtime.live import Live
@@ -49,13 +50,14 @@ class Journal:
     """On the loop of the runtime that owns it.
 
     last_plan: what was applied last; of a policy that searches, the last for which it did; None before the first.
-    output_tokens: of requests that have ended.
+    output_tokens: of requests that have ended. demand: what was asked of the engines lately.
     """
 
     def __init__(self, clock: Clock, limits: DecisionLimits | None = None) -> None:
         self.counts = EndCounts()
         self.output_tokens = 0
         self.last_plan: AppliedPlan | None = None
+        self.demand = DemandLog()
         self.tasks = TaskNames()
         self._clock = clock
         self._minute = LastMinute()
@@ -91,8 +93,10 @@ class Journal:
     @_harmless
     def accepted(self, live: Live) -> None:
         """A request has joined the queue."""
-        log = self._logs[live.replica.number]
-        log.accepted(live.handle, live.spec, live.predicted, live.timing, self._clock.now_s())
+        log, spec, now_s = self._logs[live.replica.number], live.spec, self._clock.now_s()
+        log.accepted(live.handle, spec, live.predicted, live.timing, now_s)
+        model = live.replica.scheduler.model
+        self.demand.came(spec.prompt_tokens, spec.slo.has_objective, live.predicted, model, now_s)
 
     @_harmless
     def requeued(self, live: Live) -> None:
@@ -160,6 +164,7 @@ class Journal:
             counts.requests += 1
             counts.with_slo += with_slo
             counts.unfinished += with_slo
+            self.demand.refused(with_slo, now_s)
         refusal = Refusal(
             reason=error.reason,
             status=EndStatus.TIMED_OUT if isinstance(error, DeadlineExceeded) else EndStatus.REJECTED,

@@ -78,8 +78,8 @@ class Runtime:
         fleet: Fleet | None = None,
     ) -> None:
         """For one engine; `add` gives it more. limiter: None for no limits but the scheduler's. executor: where plans
-        are made, one at a time; a thread of its own where None is given. fleet: empty; where there are to be several
-        engines, the one whose `numbers` all schedulers take their handles from."""
+        are made, one at a time; a thread of its own for each engine where None is given. fleet: empty; where there are
+        to be several engines, the one whose `numbers` all schedulers take their handles from."""
         self.clock = clock
         self.options = options or RuntimeOptions()
         self.limiter = limiter or Limiter()
@@ -97,15 +97,16 @@ class Runtime:
             end=lambda live, error: self.end(live, EndStatus.FAILED, error, in_engine=False),
             queue_timeout=self._on_queue_timeout,
         )
+        self._executor = executor
         self._started = self._draining = self._was_serving = False
         self._resumes = fleet is not None  # there may be another engine to go on in
         self._empty = asyncio.Event()
         self._empty.set()
-        self.add(engine, scheduler, policy, executor=executor)
+        self.add(engine, scheduler, policy)
 
     # -- engines --------------------------------------------------------------
 
-    def add(self, engine: Engine, scheduler: Scheduler, policy: Policy, *, executor: Executor | None = None) -> Replica:
+    def add(self, engine: Engine, scheduler: Scheduler, policy: Policy) -> Replica:
         """One more engine; nothing is placed there before its `start` has returned and `opened` was called. Those that
         are there when the runtime starts are started and opened with it."""
         number = self._pool.fleet.add(scheduler, policy)
@@ -113,7 +114,7 @@ class Runtime:
         if self.options.instance is None or self._resumes:
             name = f"{name}-{number}"
         replica = Replica(
-            number, name, engine, scheduler, policy, self.clock, self.options, self, self._by_handle, executor
+            number, name, engine, scheduler, policy, self.clock, self.options, self, self._by_handle, self._executor
         )
         self._pool.add(replica)
         return replica
@@ -140,6 +141,10 @@ class Runtime:
         self._failover.evacuate(replica)
         self._pool.remove(replica)
         await replica.close()
+
+    def discard(self, replica: Replica) -> None:
+        """Forgets an engine that was added and never opened; it is the caller's to close."""
+        self._pool.remove(replica)
 
     @property
     def replicas(self) -> Mapping[int, Replica]:
@@ -300,6 +305,7 @@ class Runtime:
             retried=counts.retried,
             resumed=counts.resumed,
             replicas=tuple(replicas),
+            predicted_attainment=self.journal.demand.of_last(60.0, self.clock.now_s()).attainment,
         )
 
     def _check_open(self) -> None:

@@ -70,6 +70,7 @@ class RuntimeLoad:
     does. output_tokens: generated since the start. last_plan: None before the first. last_minute: how requests ended,
     by task. serving: as of the runtime. engine_restarts: how often an engine was replaced. retried, resumed: as in
     EndCounts. kv_usage, calibration: of the engine that is used most, and of the first one; replicas: of each.
+    predicted_attainment: of the requests of the last minute, as in `runtime.demand`.
     """
 
     waiting: int
@@ -93,6 +94,7 @@ class RuntimeLoad:
     retried: int = 0
     resumed: int = 0
     replicas: tuple[ReplicaLoad, ...] = ()
+    predicted_attainment: float | None = None
 
     @property
     def price_s(self) -> float | None:

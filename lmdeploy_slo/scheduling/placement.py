@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from lmdeploy_slo.core.plan import DEFAULT_PLACEMENT as DEFAULT_PLACEMENT
 from lmdeploy_slo.core.plan import Plan
 from lmdeploy_slo.core.request import RequestSpec
 from lmdeploy_slo.core.snapshot import Rows
@@ -23,8 +24,6 @@ from lmdeploy_slo.errors import ConfigError
 from lmdeploy_slo.scheduling.policy import Policy
 from lmdeploy_slo.scheduling.rules import engine_time_s
 from lmdeploy_slo.scheduling.scheduler import Scheduler
-
-DEFAULT_PLACEMENT = "slo"
 
 
 @dataclass(slots=True, eq=False)

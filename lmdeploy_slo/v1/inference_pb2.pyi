@@ -363,7 +363,7 @@ class GetLoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetLoadResponse(_message.Message):
-    __slots__ = ("waiting", "in_flight", "waiting_prompt_tokens", "kv_usage", "finished", "rejected", "timed_out", "failed", "cancelled", "with_slo", "slo_met", "plans", "last_plan_ms", "mean_plan_ms", "draining", "failed_plans", "max_in_flight", "oldest_wait_ms", "output_tokens", "last_plan", "last_minute", "step_forecasts", "refused")
+    __slots__ = ("waiting", "in_flight", "waiting_prompt_tokens", "kv_usage", "finished", "rejected", "timed_out", "failed", "cancelled", "with_slo", "slo_met", "plans", "last_plan_ms", "mean_plan_ms", "draining", "failed_plans", "max_in_flight", "oldest_wait_ms", "output_tokens", "last_plan", "last_minute", "step_forecasts", "refused", "retried", "resumed", "replicas", "predicted_attainment")
     class RefusedEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -394,6 +394,10 @@ class GetLoadResponse(_message.Message):
     LAST_MINUTE_FIELD_NUMBER: _ClassVar[int]
     STEP_FORECASTS_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
+    RETRIED_FIELD_NUMBER: _ClassVar[int]
+    RESUMED_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_ATTAINMENT_FIELD_NUMBER: _ClassVar[int]
     waiting: int
     in_flight: int
     waiting_prompt_tokens: int
@@ -417,7 +421,37 @@ class GetLoadResponse(_message.Message):
     last_minute: _containers.RepeatedCompositeFieldContainer[TaskLoad]
     step_forecasts: StepForecasts
     refused: _containers.ScalarMap[str, int]
-    def __init__(self, waiting: _Optional[int] = ..., in_flight: _Optional[int] = ..., waiting_prompt_tokens: _Optional[int] = ..., kv_usage: _Optional[float] = ..., finished: _Optional[int] = ..., rejected: _Optional[int] = ..., timed_out: _Optional[int] = ..., failed: _Optional[int] = ..., cancelled: _Optional[int] = ..., with_slo: _Optional[int] = ..., slo_met: _Optional[int] = ..., plans: _Optional[int] = ..., last_plan_ms: _Optional[float] = ..., mean_plan_ms: _Optional[float] = ..., draining: bool = ..., failed_plans: _Optional[int] = ..., max_in_flight: _Optional[int] = ..., oldest_wait_ms: _Optional[float] = ..., output_tokens: _Optional[int] = ..., last_plan: _Optional[_Union[PlanQuality, _Mapping]] = ..., last_minute: _Optional[_Iterable[_Union[TaskLoad, _Mapping]]] = ..., step_forecasts: _Optional[_Union[StepForecasts, _Mapping]] = ..., refused: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    retried: int
+    resumed: int
+    replicas: _containers.RepeatedCompositeFieldContainer[ReplicaLoad]
+    predicted_attainment: float
+    def __init__(self, waiting: _Optional[int] = ..., in_flight: _Optional[int] = ..., waiting_prompt_tokens: _Optional[int] = ..., kv_usage: _Optional[float] = ..., finished: _Optional[int] = ..., rejected: _Optional[int] = ..., timed_out: _Optional[int] = ..., failed: _Optional[int] = ..., cancelled: _Optional[int] = ..., with_slo: _Optional[int] = ..., slo_met: _Optional[int] = ..., plans: _Optional[int] = ..., last_plan_ms: _Optional[float] = ..., mean_plan_ms: _Optional[float] = ..., draining: bool = ..., failed_plans: _Optional[int] = ..., max_in_flight: _Optional[int] = ..., oldest_wait_ms: _Optional[float] = ..., output_tokens: _Optional[int] = ..., last_plan: _Optional[_Union[PlanQuality, _Mapping]] = ..., last_minute: _Optional[_Iterable[_Union[TaskLoad, _Mapping]]] = ..., step_forecasts: _Optional[_Union[StepForecasts, _Mapping]] = ..., refused: _Optional[_Mapping[str, int]] = ..., retried: _Optional[int] = ..., resumed: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[ReplicaLoad, _Mapping]]] = ..., predicted_attainment: _Optional[float] = ...) -> None: ...
+
+class ReplicaLoad(_message.Message):
+    __slots__ = ("instance", "up", "draining", "waiting", "in_flight", "max_in_flight", "waiting_prompt_tokens", "kv_usage", "output_tokens", "engine_restarts", "step_forecasts")
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    UP_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    MAX_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    WAITING_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    KV_USAGE_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_RESTARTS_FIELD_NUMBER: _ClassVar[int]
+    STEP_FORECASTS_FIELD_NUMBER: _ClassVar[int]
+    instance: str
+    up: bool
+    draining: bool
+    waiting: int
+    in_flight: int
+    max_in_flight: int
+    waiting_prompt_tokens: int
+    kv_usage: float
+    output_tokens: int
+    engine_restarts: int
+    step_forecasts: StepForecasts
+    def __init__(self, instance: _Optional[str] = ..., up: bool = ..., draining: bool = ..., waiting: _Optional[int] = ..., in_flight: _Optional[int] = ..., max_in_flight: _Optional[int] = ..., waiting_prompt_tokens: _Optional[int] = ..., kv_usage: _Optional[float] = ..., output_tokens: _Optional[int] = ..., engine_restarts: _Optional[int] = ..., step_forecasts: _Optional[_Union[StepForecasts, _Mapping]] = ...) -> None: ...
 
 class PlanQuality(_message.Message):
     __slots__ = ("start", "start_score", "score", "evaluations", "engine_second_price")
@@ -475,6 +509,20 @@ class TaskLoad(_message.Message):
     mean_tpot_ms: float
     def __init__(self, task: _Optional[str] = ..., requests: _Optional[int] = ..., finished: _Optional[int] = ..., with_slo: _Optional[int] = ..., slo_met: _Optional[int] = ..., broke_ttft: _Optional[int] = ..., broke_tpot: _Optional[int] = ..., broke_e2e: _Optional[int] = ..., unfinished: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., mean_ttft_ms: _Optional[float] = ..., mean_tpot_ms: _Optional[float] = ...) -> None: ...
 
+class ScaleRequest(_message.Message):
+    __slots__ = ("replicas",)
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    replicas: int
+    def __init__(self, replicas: _Optional[int] = ...) -> None: ...
+
+class ScaleResponse(_message.Message):
+    __slots__ = ("wanted", "up")
+    WANTED_FIELD_NUMBER: _ClassVar[int]
+    UP_FIELD_NUMBER: _ClassVar[int]
+    wanted: int
+    up: int
+    def __init__(self, wanted: _Optional[int] = ..., up: _Optional[int] = ...) -> None: ...
+
 class ExplainRequest(_message.Message):
     __slots__ = ("request_id",)
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
@@ -482,7 +530,7 @@ class ExplainRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ...) -> None: ...
 
 class ExplainResponse(_message.Message):
-    __slots__ = ("request_id", "state", "reason", "task_type", "priority_class", "prompt_tokens", "output_tokens", "slo", "slo_met", "predicted", "timing", "arrival_position", "wait", "places", "sent_before", "dearest", "sent", "complete")
+    __slots__ = ("request_id", "state", "reason", "task_type", "priority_class", "prompt_tokens", "output_tokens", "slo", "slo_met", "predicted", "timing", "arrival_position", "wait", "places", "sent_before", "dearest", "sent", "complete", "moves")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -501,6 +549,7 @@ class ExplainResponse(_message.Message):
     DEAREST_FIELD_NUMBER: _ClassVar[int]
     SENT_FIELD_NUMBER: _ClassVar[int]
     COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    MOVES_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     state: RequestState
     reason: str
@@ -519,7 +568,8 @@ class ExplainResponse(_message.Message):
     dearest: _containers.RepeatedCompositeFieldContainer[SentRequest]
     sent: SentRequest
     complete: bool
-    def __init__(self, request_id: _Optional[str] = ..., state: _Optional[_Union[RequestState, str]] = ..., reason: _Optional[str] = ..., task_type: _Optional[str] = ..., priority_class: _Optional[_Union[PriorityClass, str]] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., slo: _Optional[_Union[Slo, _Mapping]] = ..., slo_met: bool = ..., predicted: _Optional[_Union[Prediction, _Mapping]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., arrival_position: _Optional[int] = ..., wait: _Optional[_Union[WaitTime, _Mapping]] = ..., places: _Optional[_Iterable[_Union[QueuePlace, _Mapping]]] = ..., sent_before: _Optional[_Union[SentBefore, _Mapping]] = ..., dearest: _Optional[_Iterable[_Union[SentRequest, _Mapping]]] = ..., sent: _Optional[_Union[SentRequest, _Mapping]] = ..., complete: bool = ...) -> None: ...
+    moves: int
+    def __init__(self, request_id: _Optional[str] = ..., state: _Optional[_Union[RequestState, str]] = ..., reason: _Optional[str] = ..., task_type: _Optional[str] = ..., priority_class: _Optional[_Union[PriorityClass, str]] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., slo: _Optional[_Union[Slo, _Mapping]] = ..., slo_met: bool = ..., predicted: _Optional[_Union[Prediction, _Mapping]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., arrival_position: _Optional[int] = ..., wait: _Optional[_Union[WaitTime, _Mapping]] = ..., places: _Optional[_Iterable[_Union[QueuePlace, _Mapping]]] = ..., sent_before: _Optional[_Union[SentBefore, _Mapping]] = ..., dearest: _Optional[_Iterable[_Union[SentRequest, _Mapping]]] = ..., sent: _Optional[_Union[SentRequest, _Mapping]] = ..., complete: bool = ..., moves: _Optional[int] = ...) -> None: ...
 
 class WaitTime(_message.Message):
     __slots__ = ("total_ms", "planning_ms", "engine_full_ms", "held_back_ms")

@@ -74,6 +74,11 @@ class InferenceServiceStub(object):
                 request_serializer=lmdeploy__slo_dot_v1_dot_inference__pb2.ExplainRequest.SerializeToString,
                 response_deserializer=lmdeploy__slo_dot_v1_dot_inference__pb2.ExplainResponse.FromString,
                 _registered_method=True)
+        self.Scale = channel.unary_unary(
+                '/lmdeploy_slo.v1.InferenceService/Scale',
+                request_serializer=lmdeploy__slo_dot_v1_dot_inference__pb2.ScaleRequest.SerializeToString,
+                response_deserializer=lmdeploy__slo_dot_v1_dot_inference__pb2.ScaleResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServiceServicer(object):
@@ -136,6 +141,14 @@ class InferenceServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Scale(self, request, context):
+        """How many engines there shall be; for operators. Answers at once: engines start and drain in the background, and
+        GetLoad shows them. INVALID_ARGUMENT for a number that is out of range, or where engines do not run on Ray.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -178,6 +191,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Explain,
                     request_deserializer=lmdeploy__slo_dot_v1_dot_inference__pb2.ExplainRequest.FromString,
                     response_serializer=lmdeploy__slo_dot_v1_dot_inference__pb2.ExplainResponse.SerializeToString,
+            ),
+            'Scale': grpc.unary_unary_rpc_method_handler(
+                    servicer.Scale,
+                    request_deserializer=lmdeploy__slo_dot_v1_dot_inference__pb2.ScaleRequest.FromString,
+                    response_serializer=lmdeploy__slo_dot_v1_dot_inference__pb2.ScaleResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -396,6 +414,33 @@ class InferenceService(object):
             '/lmdeploy_slo.v1.InferenceService/Explain',
             lmdeploy__slo_dot_v1_dot_inference__pb2.ExplainRequest.SerializeToString,
             lmdeploy__slo_dot_v1_dot_inference__pb2.ExplainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Scale(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lmdeploy_slo.v1.InferenceService/Scale',
+            lmdeploy__slo_dot_v1_dot_inference__pb2.ScaleRequest.SerializeToString,
+            lmdeploy__slo_dot_v1_dot_inference__pb2.ScaleResponse.FromString,
             options,
             channel_credentials,
             insecure,

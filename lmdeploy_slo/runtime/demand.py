@@ -1,0 +1,78 @@
+"""What has been asked of the engines lately, and what was foretold of it: the ground on which more or fewer are wanted.
+
+In slots of `SLOT_S`, so that memory is bounded whatever comes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+
+from lmdeploy_slo.core.latency_model import StepModel
+from lmdeploy_slo.scheduling.admission import Forecast
+
+SLOT_S = 1.0
+LONGEST_S = 600.0
+
+REFERENCE_BATCH = 64.0
+"""Sequences taken to share the fixed cost of a pass, as in the rule `swf`."""
+
+
+@dataclass(slots=True)
+class _Slot:
+    number: int
+    with_slo: int = 0
+    chance: float = 0.0
+    engine_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """Of a stretch of time. requests: that came with an objective. attainment: the mean chance of meeting it that they
+    were told, 0 to 1; refused ones count as 0; None where there were none. engines: engine time asked for in a second,
+    in engines like those it was foretold for, that run `REFERENCE_BATCH` sequences at a time."""
+
+    requests: int
+    attainment: float | None
+    engines: float
+
+
+class DemandLog:
+    """On one event loop."""
+
+    def __init__(self) -> None:
+        self._slots: deque[_Slot] = deque(maxlen=int(LONGEST_S / SLOT_S))
+        self._first_s: float | None = None
+
+    def came(self, prompt_tokens: float, with_slo: bool, expected: Forecast, model: StepModel, now_s: float) -> None:
+        """A request was accepted, and told `expected`."""
+        slot = self._slot(now_s)
+        output = expected.output_tokens
+        per_token_s = model.d1 + model.d2 * (prompt_tokens + output / 2) + model.c0 / REFERENCE_BATCH
+        slot.engine_s += model.prefill_stall_s(prompt_tokens) + output * per_token_s
+        if with_slo and expected.chance is not None:
+            slot.with_slo += 1
+            slot.chance += expected.chance
+
+    def refused(self, with_slo: bool, now_s: float) -> None:
+        """A request that was offered was not accepted."""
+        self._slot(now_s).with_slo += with_slo
+
+    def of_last(self, duration_s: float, now_s: float) -> Demand:
+        """Of the last `duration_s` seconds, at most `LONGEST_S`; of fewer where less has been seen."""
+        first = math.ceil((now_s - duration_s) / SLOT_S)
+        slots = [slot for slot in self._slots if slot.number >= first]
+        seen_s = 0.0 if self._first_s is None else now_s - self._first_s
+        span_s = max(SLOT_S, min(duration_s, seen_s))
+        with_slo = sum(slot.with_slo for slot in slots)
+        attainment = sum(slot.chance for slot in slots) / with_slo if with_slo else None
+        return Demand(with_slo, attainment, sum(slot.engine_s for slot in slots) / span_s)
+
+    def _slot(self, now_s: float) -> _Slot:
+        number = int(now_s // SLOT_S)
+        if self._first_s is None:
+            self._first_s = now_s
+        if not self._slots or self._slots[-1].number != number:
+            self._slots.append(_Slot(number))
+        return self._slots[-1]
