@@ -72,7 +72,7 @@ AT_HOME = {
     "uvicorn": ("frontend/",),
     "torch": ("engine/",),
     "transformers": ("engine/",),
-    "ray": ("engine/",),
+    "ray": ("engine/ray_replica.py",),
     "tomllib": ("config.py", "gateway/policy_file.py"),
     "pytest": ("testing/",),
 }

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from collections.abc import Callable, Sequence
 from lmdeploy_slo import __version__
 from lmdeploy_slo.clock import Clock, MonotonicClock
 from lmdeploy_slo.engine.base import Engine, EngineEvent, EngineInfo, EngineRequest
-from lmdeploy_slo.engine.remote_reports import MAX_STEPS, Commands, Outbox, Report, wire_event
+from lmdeploy_slo.engine.remote_reports import MAX_STEPS, Commands, Outbox, OutboxStatistics, Report, wire_event
 from lmdeploy_slo.errors import EngineError, RequestError
 
 logger = logging.getLogger(__name__)
@@ -52,9 +53,12 @@ class EngineHost:
         self._logs: deque[tuple[int, str, str]] = deque(maxlen=MAX_LOGS)
         self._waiter: asyncio.Future[None] | None = None
 
-    async def hello(self) -> tuple[str, int]:
-        """Version of the package and process id."""
-        return __version__, os.getpid()
+    async def hello(self) -> tuple[str, str, int]:
+        """Version of the package, name of the machine, and process id."""
+        return __version__, socket.gethostname(), os.getpid()
+
+    async def statistics(self) -> OutboxStatistics:
+        return self._outbox.statistics()
 
     async def start(self, log_level: int | None = None) -> EngineInfo:
         """Starts the engine; raises what that raises. log_level: the least that is told of this process's log; None:

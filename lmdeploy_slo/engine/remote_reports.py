@@ -115,18 +115,30 @@ def error_of(failure: Failure) -> EngineError:
     return EngineUnavailable(text) if gone else EngineError(text, code)
 
 
+@dataclass(frozen=True, slots=True)
+class OutboxStatistics:
+    """steps: that wait now, of at most `max_steps`. merges: how often they became one."""
+
+    steps: int
+    max_steps: int
+    merges: int
+
+
 class Outbox:
     """Steps that nobody has fetched yet, at most `max_steps` of them: a reader that is slow gets the tokens of several
     steps of a request as one event, at the instant of the last, and none is lost. So it holds that many steps, and the
     tokens of requests whose end was not fetched."""
 
     def __init__(self, max_steps: int = MAX_STEPS) -> None:
-        self.merges = 0
+        self._merges = 0
         self._max_steps = max_steps
         self._steps: list[tuple[float, Sequence[WireEvent]]] = []
 
     def __len__(self) -> int:
         return len(self._steps)
+
+    def statistics(self) -> OutboxStatistics:
+        return OutboxStatistics(len(self._steps), self._max_steps, self._merges)
 
     def add(self, at_s: float, events: Sequence[WireEvent]) -> None:
         self._steps.append((at_s, events))
@@ -138,7 +150,7 @@ class Outbox:
         return taken
 
     def _merge(self) -> None:
-        self.merges += 1
+        self._merges += 1
         by_number: dict[int, list[WireEvent]] = {}
         for _, events in self._steps:
             for event in events:
