@@ -269,17 +269,9 @@ class LmdeployEngine:
             raise RequestIdInUse(f"request_id {request.request_id!r} is in the engine already")
         if request.prepared is not None:  # LMDeploy has checked it
             return
-        wrong = [FieldViolation(path, reason) for path, reason in self.unsupported_fields(request)]
-        prompt, longest, vocabulary = request.prompt_token_ids, self._info.max_session_tokens, self._info.vocab_size
-        if not prompt:
-            wrong.append(FieldViolation("prompt", "must have at least one token"))
-        elif longest is not None and len(prompt) >= longest:
-            reason = f"has {len(prompt)} tokens; prompt and output together may have {longest}"
-            wrong.append(FieldViolation("prompt", reason))
-        elif vocabulary is not None and not 0 <= min(prompt) <= max(prompt) < vocabulary:
-            wrong.append(FieldViolation("token_ids", f"must be below {vocabulary}, the size of the vocabulary"))
+        wrong = lmdeploy_request.wrong_fields(request, self._info)
         if wrong:
-            raise InvalidRequest(wrong)
+            raise InvalidRequest([FieldViolation(path, reason) for path, reason in wrong])
 
     async def _drive(self, live: _Live, engine: Any) -> None:
         """One request, from LMDeploy's first look at it to the last; runs on after an abort until LMDeploy lets go."""

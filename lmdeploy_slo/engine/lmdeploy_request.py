@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lmdeploy_slo.engine.base import EngineRequest, Sampling, TokenLogprob
+from lmdeploy_slo.engine.base import EngineInfo, EngineRequest, Sampling, TokenLogprob
 
 LOGITS_BYTES_LIMIT = 1 << 30
 """Most memory of one request's logits: max_new_tokens x vocabulary x 4 bytes."""
@@ -72,6 +72,19 @@ def unsupported_fields(request: EngineRequest, vocab_size: int | None) -> list[t
         if request.stopping.max_new_tokens > most:
             reason = f"greedy decoding with log-probabilities takes max_new_tokens up to {most} for this model"
             wrong.append(("sampling.logprobs", reason))
+    return wrong
+
+
+def wrong_fields(request: EngineRequest, info: EngineInfo) -> list[tuple[str, str]]:
+    """(field path, reason) for that, and for a prompt the model cannot have."""
+    wrong = unsupported_fields(request, info.vocab_size)
+    prompt, longest, vocabulary = request.prompt_token_ids, info.max_session_tokens, info.vocab_size
+    if not prompt:
+        wrong.append(("prompt", "must have at least one token"))
+    elif longest is not None and len(prompt) >= longest:
+        wrong.append(("prompt", f"has {len(prompt)} tokens; prompt and output together may have {longest}"))
+    elif vocabulary is not None and not 0 <= min(prompt) <= max(prompt) < vocabulary:
+        wrong.append(("token_ids", f"must be below {vocabulary}, the size of the vocabulary"))
     return wrong
 
 
