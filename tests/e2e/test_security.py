@@ -192,6 +192,7 @@ async def test_every_rpc_but_health_needs_a_token(tmp_path: Path) -> None:
             "GetServerInfo": pb.GetServerInfoRequest(),
             "GetLoad": pb.GetLoadRequest(),
             "Explain": pb.ExplainRequest(request_id="r"),
+            "Scale": pb.ScaleRequest(replicas=2),
         }
         assert set(calls) == set(pb.DESCRIPTOR.services_by_name["InferenceService"].methods_by_name)
         for name, message in calls.items():

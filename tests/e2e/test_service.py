@@ -134,9 +134,9 @@ async def test_model_server_and_load_are_told() -> None:
             max_queued_requests=7,
         )
         load = await server.load()
-        assert load == pb.GetLoadResponse(
-            kv_usage=0.25, max_in_flight=9, step_forecasts=pb.StepForecasts(slowness=load.step_forecasts.slowness)
-        )
+        steps = pb.StepForecasts(slowness=load.step_forecasts.slowness)
+        engine = pb.ReplicaLoad(instance="scripted-0", up=True, max_in_flight=9, kv_usage=0.25, step_forecasts=steps)
+        assert load == pb.GetLoadResponse(kv_usage=0.25, max_in_flight=9, step_forecasts=steps, replicas=[engine])
         call = server.stream(token_ids=pb.TokenIds(ids=[1, 2]))
         await server.engine.has("r")
         load = await server.load()
