@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -17,19 +16,15 @@ from typing import Any
 
 from lmdeploy_slo import __version__
 from lmdeploy_slo.clock import Clock, MonotonicClock
-from lmdeploy_slo.config import Config, EngineKind, is_loopback
+from lmdeploy_slo.config import Config, is_loopback
 from lmdeploy_slo.core.clients import ClientPolicies
 from lmdeploy_slo.core.model_range import RangeWatch
 from lmdeploy_slo.core.request import ClientId
 from lmdeploy_slo.core.slo import Slo, seconds_of
 from lmdeploy_slo.core.snapshot import EngineLimits
 from lmdeploy_slo.engine.base import Engine
-from lmdeploy_slo.engine.emulated import EmulatedEngine
-from lmdeploy_slo.engine.lmdeploy import LmdeployEngine
-from lmdeploy_slo.engine.lmdeploy_options import LmdeployOptions
-from lmdeploy_slo.engine.prefill_limit import REFERENCE_BATCH, REFERENCE_CONTEXT, SMALLEST_LIMIT, prefill_token_limit
-from lmdeploy_slo.engine.supervised import SupervisedEngine, Supervision
-from lmdeploy_slo.errors import ConfigError, MissingExtra
+from lmdeploy_slo.engines import Engines
+from lmdeploy_slo.errors import ConfigError
 from lmdeploy_slo.frontend.gate import HttpAccess
 from lmdeploy_slo.frontend.openai_door import HttpServer, build_http_app
 from lmdeploy_slo.gateway.identity import Identifier, name_in_peer_certificate
@@ -98,73 +93,12 @@ class Server:
 
 
 def check(config: Config) -> None:
-    """Raises ConfigError for names that only the modules behind them know: the profile's and the policy's."""
-    load_profile(config.engine.profile)
+    """Raises ConfigError for names that only the modules behind them know: the profiles' and the policy's."""
+    for profile in (config.engine.profile, *config.engine.replica_profiles):
+        load_profile(profile)
     policy, known = config.scheduler.policy, policy_names()
     if policy not in known:
         raise ConfigError(f"policy: {policy!r} is unknown; choose one of {', '.join(known)}")
-
-
-def build_engine(config: Config, clock: Clock) -> Engine:
-    """The engine of the configuration, not started. Raises MissingExtra where LMDeploy is asked for and missing."""
-    if config.engine.effective_kind is EngineKind.LMDEPLOY:
-        return _build_lmdeploy(config, clock)
-    profile = load_profile(config.engine.profile)
-    return EmulatedEngine(
-        profile.step_model,
-        _engine_limits(config),
-        clock,
-        seed=config.scheduler.seed,
-        max_session_tokens=config.engine.max_session_tokens,
-        profile=profile.name,
-    )
-
-
-def supervise(config: Config, clock: Clock) -> SupervisedEngine:
-    """The same, replaced where it is gone; with LMDeploy's HTTP routes, which hold on to the one they were given, it
-    is not."""
-    options = config.engine
-    restarts = options.restarts if config.server.http_port is None else 0
-    supervision = Supervision(stall_timeout_s=options.stall_timeout_s, restarts=restarts)
-    return SupervisedEngine(partial(build_engine, config, clock), clock, supervision)
-
-
-def _build_lmdeploy(config: Config, clock: Clock) -> Engine:
-    options = config.engine
-    if importlib.util.find_spec("lmdeploy") is None:
-        raise MissingExtra(f"serving {options.model} with LMDeploy", "turbomind")
-    assert options.model is not None, "the configuration has checked that"
-    return LmdeployEngine(
-        LmdeployOptions(
-            model=options.model,
-            device=options.device,
-            limits=_engine_limits(config),
-            max_session_tokens=options.max_session_tokens,
-            turbomind=options.turbomind,
-            patched=options.patched,
-            look_ahead=options.look_ahead,
-            trust_remote_code=options.trust_remote_code,
-            chat_template=options.chat_template,
-            stall_timeout_s=options.stall_timeout_s,
-        ),
-        clock,
-    )
-
-
-def _engine_limits(config: Config) -> EngineLimits:
-    """Those of the configuration; the prefill limit no higher than the TPOT asked for allows."""
-    options = config.engine
-    if options.prefill_for_tpot_ms is None:
-        return options.limits
-    batch_size = min(options.max_batch_size, REFERENCE_BATCH)
-    limit = prefill_token_limit(
-        load_profile(options.profile).step_model,
-        options.prefill_for_tpot_ms / 1e3,
-        batch_size=batch_size,
-        context_tokens=batch_size * REFERENCE_CONTEXT,
-        ceiling=max(options.max_prefill_tokens, SMALLEST_LIMIT),
-    )
-    return replace(options.limits, max_prefill_tokens=min(limit, options.max_prefill_tokens))
 
 
 def build_protection(config: Config, clock: Clock) -> Protection:
@@ -315,7 +249,8 @@ async def serving(config: Config, clock: Clock | None = None) -> AsyncIterator[S
     clock = clock or MonotonicClock()
     protection = build_protection(config, clock)
     budget, task_slos = _budget(config), {name: task.slo for name, task in config.tasks.items()}
-    runtime = build_runtime(config, supervise(config, clock), clock, protection.policies, budget)
+    engines = Engines(config, clock)
+    runtime = build_runtime(config, engines.supervised(), clock, protection.policies, budget)
     runtime.journal.know_tasks(config.tasks)
     gateway = Gateway(runtime, gateway_options(config), protection.security)
     watch = Watch(runtime, watch_options(config, runtime))
@@ -349,6 +284,7 @@ async def serving(config: Config, clock: Clock | None = None) -> AsyncIterator[S
         if http is not None:
             await http.close()
         await runtime.close()
+        await engines.close()
         await watch.close()
         if keeper is not None:
             await keeper.close()

@@ -30,8 +30,10 @@ MAY_IMPORT = {
     "slo_pipeline": {"app", "config", "frontend", "runtime", "engine", "prediction", "core", "clock", "errors"},
     "lifecycle": {"reload", "app", "config", "observability", "engine"},
     "reload": {"app", "config", "errors"},
+    "engines": {"config", "engine", "prediction", "core", "clock", "errors"},
     "app": {
         "config",
+        "engines",
         "frontend",
         "gateway",
         "observability",

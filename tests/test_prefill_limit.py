@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmdeploy_slo.app import build_engine
+from lmdeploy_slo.engines import build_engine
 from lmdeploy_slo.clock import VirtualClock
 from lmdeploy_slo.config import load
 from lmdeploy_slo.core.latency_model import StepModel

@@ -235,10 +235,10 @@ async def _open(subject: _Subject, clock: Clock) -> AsyncIterator[Target]:
             yield remote
         return
     assert subject.config is not None, "either a target or an engine is measured"
-    from lmdeploy_slo import app
+    from lmdeploy_slo import app, engines
 
     app.check(subject.config)
-    async with engine_target(app.build_engine(subject.config, clock), clock) as own:
+    async with engine_target(engines.build_engine(subject.config, clock), clock) as own:
         yield own
 
 
