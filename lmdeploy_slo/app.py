@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -22,7 +23,7 @@ from lmdeploy_slo.core.model_range import RangeWatch
 from lmdeploy_slo.core.request import ClientId
 from lmdeploy_slo.core.slo import Slo, seconds_of
 from lmdeploy_slo.core.snapshot import EngineLimits
-from lmdeploy_slo.engine.base import Engine
+from lmdeploy_slo.engine.base import Engine, EngineInfo
 from lmdeploy_slo.engines import Engines
 from lmdeploy_slo.errors import ConfigError
 from lmdeploy_slo.frontend.gate import HttpAccess
@@ -36,15 +37,20 @@ from lmdeploy_slo.gateway.tls import TlsCredentials, TlsFiles
 from lmdeploy_slo.gateway.tokens import Tokens, read_tokens
 from lmdeploy_slo.gateway.watched import Watched
 from lmdeploy_slo.observability.watch import Watch, WatchOptions
+from lmdeploy_slo.prediction.length import LengthPredictor
 from lmdeploy_slo.prediction.length_predictors import make_length_predictor
 from lmdeploy_slo.prediction.prefix import PrefixPredictor
 from lmdeploy_slo.prediction.profiles import Profile, load_profile
 from lmdeploy_slo.prediction.state import Learner, StateFile
+from lmdeploy_slo.runtime.autoscale import AutoscaleOptions, AutoscaleRule
 from lmdeploy_slo.runtime.keeper import Keeper
 from lmdeploy_slo.runtime.live import RuntimeOptions
 from lmdeploy_slo.runtime.runtime import Runtime
+from lmdeploy_slo.runtime.scaling import Parts, Scaling
+from lmdeploy_slo.scheduling.fleet import Fleet
 from lmdeploy_slo.scheduling.limits import Limiter, Limits
-from lmdeploy_slo.scheduling.policy import SearchBudget, make_policy, policy_names
+from lmdeploy_slo.scheduling.placement import make_placement
+from lmdeploy_slo.scheduling.policy import Policy, SearchBudget, make_policy, policy_names
 from lmdeploy_slo.scheduling.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -89,16 +95,19 @@ class Server:
         )
         http = "" if self.http_address is None else f"; HTTP on {self.http_address}"
         http += "" if self.metrics_address is None else f"; metrics on {self.metrics_address}"
+        many = len(self.runtime.replicas)
+        serves = f"{many} x {serves}" if many > 1 else serves
         return f"{self.address} ({serves}; profile {engine.profile}; policy {self.runtime.policy.name}{http})"
 
 
 def check(config: Config) -> None:
-    """Raises ConfigError for names that only the modules behind them know: the profiles' and the policy's."""
+    """Raises ConfigError for names that only the modules behind them know: of profiles, policy and placement."""
     for profile in (config.engine.profile, *config.engine.replica_profiles):
         load_profile(profile)
     policy, known = config.scheduler.policy, policy_names()
     if policy not in known:
         raise ConfigError(f"policy: {policy!r} is unknown; choose one of {', '.join(known)}")
+    make_placement(config.scheduler.placement)
 
 
 def build_protection(config: Config, clock: Clock) -> Protection:
@@ -128,25 +137,13 @@ def build_runtime(
     clock: Clock,
     policies: Callable[[], ClientPolicies] | None = None,
     budget: SearchBudget | None = None,
+    fleet: Fleet | None = None,
 ) -> Runtime:
     """Scheduler and policy on an engine, not started. policies: None for one policy for all, the configuration's.
-    budget: of plans, where it is to be changed later; None: the configuration's."""
+    budget: of plans, where it is to be changed later; None: the configuration's. fleet: where there may be more
+    engines."""
     options = config.scheduler
-    policy = make_policy(
-        options.policy,
-        seed=options.seed,
-        budget=budget or _budget(config),
-        patience=options.patience,
-    )
-    info, profile = engine.info, load_profile(config.engine.profile)
-    scheduler = Scheduler(
-        limits=replace(info.limits, max_batch_size=info.limits.max_batch_size + info.look_ahead),
-        model=profile.step_model,
-        lengths=make_length_predictor(options.length_predictor),
-        prefixes=PrefixPredictor() if options.calibrate else None,
-        max_queued_requests=options.max_queued_requests,
-        range_watch=None if info.synthetic else _range_watch(profile, info.limits),
-    )
+    lengths = make_length_predictor(options.length_predictor)
     runtime_options = RuntimeOptions(
         flush_interval_s=config.stream.flush_interval_ms / 1e3,
         shed=options.shed,
@@ -155,7 +152,72 @@ def build_runtime(
         hold_s=config.engine.restart_hold_s,
     )
     limiter = Limiter(limits_of(config), policies or partial(ClientPolicies, config.limits.client_policy))
-    return Runtime(engine, scheduler, policy, clock, runtime_options, limiter=limiter)
+    return Runtime(
+        engine,
+        _scheduler(config, engine.info, 0, lengths, fleet),
+        _policy(config, budget or _budget(config), 0),
+        clock,
+        runtime_options,
+        limiter=limiter,
+        fleet=fleet,
+    )
+
+
+def _policy(config: Config, budget: SearchBudget, number: int) -> Policy:
+    options = config.scheduler
+    return make_policy(options.policy, seed=options.seed + number, budget=budget, patience=options.patience)
+
+
+def _scheduler(
+    config: Config, info: EngineInfo, number: int, lengths: LengthPredictor, fleet: Fleet | None
+) -> Scheduler:
+    """Of one engine. Of several, the limiter alone bounds how many may wait, wherever they do."""
+    options, profile = config.scheduler, load_profile(config.engine.profile_of(number))
+    return Scheduler(
+        limits=replace(info.limits, max_batch_size=info.limits.max_batch_size + info.look_ahead),
+        model=profile.step_model,
+        lengths=lengths,
+        prefixes=PrefixPredictor() if options.calibrate else None,
+        max_queued_requests=options.max_queued_requests if fleet is None else None,
+        range_watch=None if info.synthetic else _range_watch(profile, info.limits),
+        numbers=None if fleet is None else fleet.numbers,
+    )
+
+
+class _Replicas:
+    """The engines of a server on Ray, made one after the other."""
+
+    def __init__(self, config: Config, engines: Engines, clock: Clock, budget: SearchBudget) -> None:
+        self._config = config
+        self._engines = engines
+        self._clock = clock
+        self._budget = budget
+        self._fleet = Fleet(make_placement(config.scheduler.placement))
+        self._next = itertools.count(1)
+
+    def runtime(self, policies: Callable[[], ClientPolicies]) -> Runtime:
+        """Of as many as are configured, not started."""
+        config, first = self._config, self._engines.supervised(0)
+        runtime = build_runtime(config, first, self._clock, policies, self._budget, self._fleet)
+        for _ in range(config.engine.replicas - 1):
+            runtime.add(*self._parts(runtime.scheduler.lengths))
+        return runtime
+
+    def scaling(self, runtime: Runtime) -> Scaling:
+        """More of them, and fewer."""
+        options, rule = self._config.autoscale, None
+        if (most := options.max_replicas) is not None:
+            bounds = AutoscaleOptions(options.min_replicas, most, options.attainment, options.up_s, options.down_s)
+            rule = AutoscaleRule(bounds)
+        build = partial(self._parts, runtime.scheduler.lengths)
+        return Scaling(runtime, build, self._clock, grace_s=options.grace_s, rule=rule)
+
+    def _parts(self, lengths: LengthPredictor) -> Parts:
+        """Of the next one; lengths: what all of them learn of output lengths."""
+        number = next(self._next)
+        engine = self._engines.supervised(number)
+        scheduler = _scheduler(self._config, engine.info, number, lengths, self._fleet)
+        return engine, scheduler, _policy(self._config, self._budget, number)
 
 
 def _budget(config: Config) -> SearchBudget:
@@ -228,13 +290,12 @@ def state_file(config: Config, runtime: Runtime) -> StateFile | None:
     """Where what the runtime learns is kept, None for nowhere. Raises ConfigError for a folder that cannot be used."""
     if config.server.state_dir is None:
         return None
-    scheduler, info = runtime.scheduler, runtime.engine.info
-    learners = {
-        "step_model": runtime.calibration if config.scheduler.calibrate else None,
-        "prefix_cache": scheduler.prefixes,
-        "output_lengths": scheduler.lengths,
-        "forecasts": runtime.forecaster,
-    }
+    info = runtime.engine.info
+    learners: dict[str, object] = {"output_lengths": runtime.scheduler.lengths, "forecasts": runtime.forecaster}
+    for number, replica in runtime.replicas.items():
+        of = f"_{number}" if number else ""
+        learners[f"step_model{of}"] = replica.learning.calibration if config.scheduler.calibrate else None
+        learners[f"prefix_cache{of}"] = replica.scheduler.prefixes
     kept = {name: learner for name, learner in learners.items() if isinstance(learner, Learner)}
     return StateFile(config.server.state_dir, engine=info.name, model=info.model, learners=kept)
 
@@ -250,7 +311,11 @@ async def serving(config: Config, clock: Clock | None = None) -> AsyncIterator[S
     protection = build_protection(config, clock)
     budget, task_slos = _budget(config), {name: task.slo for name, task in config.tasks.items()}
     engines = Engines(config, clock)
-    runtime = build_runtime(config, engines.supervised(), clock, protection.policies, budget)
+    replicas = _Replicas(config, engines, clock, budget) if config.engine.on_ray else None
+    if replicas is None:
+        runtime = build_runtime(config, engines.supervised(), clock, protection.policies, budget)
+    else:
+        runtime = replicas.runtime(protection.policies)
     runtime.journal.know_tasks(config.tasks)
     gateway = Gateway(runtime, gateway_options(config), protection.security)
     watch = Watch(runtime, watch_options(config, runtime))
@@ -267,6 +332,9 @@ async def serving(config: Config, clock: Clock | None = None) -> AsyncIterator[S
             health_port = await gateway.start_health(config.server.host, config.server.health_port)
             logger.info("health checks on port %d", health_port)
         await runtime.start()
+        if replicas is not None:
+            gateway.scaling = replicas.scaling(runtime)
+            gateway.scaling.start()
         watch.start()
         port = await gateway.start(config.server.host, config.server.port)
         host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
@@ -283,6 +351,8 @@ async def serving(config: Config, clock: Clock | None = None) -> AsyncIterator[S
         await gateway.close()
         if http is not None:
             await http.close()
+        if gateway.scaling is not None:
+            await gateway.scaling.close()
         await runtime.close()
         await engines.close()
         await watch.close()

@@ -68,7 +68,8 @@ class Reloader:
         server.budget.time_s = config.scheduler.plan_budget_ms / 1e3
         runtime.options = replace(runtime.options, shed=config.scheduler.shed)
         runtime.limiter.limits = limits_of(config)
-        runtime.scheduler.max_queued_requests = config.scheduler.max_queued_requests
+        if not config.engine.on_ray:  # of several engines the limiter alone bounds it
+            runtime.scheduler.max_queued_requests = config.scheduler.max_queued_requests
         logging.getLogger("lmdeploy_slo").setLevel(getattr(logging, config.observability.log_level.name))
 
 
