@@ -294,7 +294,8 @@ def ray_engine(
 
 def _ray() -> Any:
     try:
-        import ray
+        with _quiet("ray"):
+            import ray
     except ImportError as error:
         raise MissingExtra("more than one replica, or one on a Ray cluster,", "ray") from error
     return ray
@@ -323,14 +324,15 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """Without what a library tells of itself."""
-    its_logger = logging.getLogger(name)
+    """Without what a library tells of itself, and what it adds to everybody's log records."""
+    its_logger, make_record = logging.getLogger(name), logging.getLogRecordFactory()
     before = its_logger.level
     its_logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
         its_logger.setLevel(before)
+        logging.setLogRecordFactory(make_record)
 
 
 def _one_line(error: BaseException) -> str:
