@@ -388,6 +388,7 @@ async def test_a_cluster_that_cannot_be_joined(
 ) -> None:
     ray = FakeRay(error)
     monkeypatch.setattr(ray_replica, "_ray", lambda: ray)
+    monkeypatch.setattr(ray_replica, "_show_token", lambda: None)
     with pytest.raises(kind, match=r"Ray at head:6379: .*(mismatch: The cluster|any running)"):
         await RayCluster("head:6379").connect()
     assert ray.options[0]["address"] == "head:6379"

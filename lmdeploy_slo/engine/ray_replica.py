@@ -117,11 +117,13 @@ class RayCluster:
         where = "Ray could not be started here" if self.local else f"Ray at {self.address}"
         try:
             with _environment(_of_a_local_ray() if self.local else {}), _quiet("ray"):
+                if not self.local:
+                    _show_token()
                 ray.init(**options)
         except Exception as error:  # whatever it is, there is no Ray then
             if "ersion mismatch" in str(error):
                 raise ConfigError(f"{where}: {_one_line(error)}") from error
-            raise EngineUnavailable(f"{where}: {_one_line(error)}") from error
+            raise EngineUnavailable(f"{where}: {_one_line(error)}{'' if self.local else _TOKEN_HINT}") from error
         logger.info("Ray %s: %s", ray.__version__, "started here" if self.local else f"connected to {self.address}")
 
 
@@ -299,6 +301,19 @@ def _ray() -> Any:
     except ImportError as error:
         raise MissingExtra("more than one replica, or one on a Ray cluster,", "ray") from error
     return ray
+
+
+def _show_token() -> None:
+    """To a cluster that asks for one, as `ray start` does where a token lies ready; ray.init by itself does not."""
+    try:
+        from ray._private.authentication import authentication_token_setup as tokens
+
+        tokens.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    except (ImportError, AttributeError, TypeError):  # older Rays have no tokens, other ones may do it otherwise
+        return
+
+
+_TOKEN_HINT = " (a cluster with tokens wants its token in RAY_AUTH_TOKEN or ~/.ray/auth_token, and RAY_AUTH_MODE=token)"
 
 
 def _of_a_local_ray() -> dict[str, str]:
