@@ -5,10 +5,10 @@ replica killed in the middle.
         [--kill] [--only many|one] [--seed 0] [--json OUT]
 
 Everything is slowed: the engines' profile, the objectives and the arrivals by `--slowed`, so that the machine is not
-the limit. Many replicas get `--speedup`, one gets the same over their number; of the trace, the same first requests. Both
-are real `serve` processes and real replays. With --kill one replica's process is killed (SIGKILL) a third of the way
-through, and it is told how every stream ended. Takes limit / rate: 2,000 requests of the Azure trace at x1, slowed 4
-times and shared by 4, about 5 minutes; those for one, 21.
+the limit. Many replicas get `--speedup`, one gets the same over their number; of the trace, the same first requests.
+Both are real `serve` processes and real replays. With --kill one replica's process is killed (SIGKILL) a third of the
+way through, and it is told how every stream ended. Takes limit / rate: 2,000 requests of the Azure trace at x1, slowed
+4 times and shared by 4, about 5 minutes; those for one, 21.
 """
 
 from __future__ import annotations
