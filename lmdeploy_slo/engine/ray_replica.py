@@ -73,10 +73,10 @@ class ReplicaResources:
 
 class RayCluster:
     """The Ray that the replicas of this process share. address: host:port of a cluster's head, "auto" for the one this
-    machine belongs to, None to start one here. cpus: that one then has, at least."""
+    machine belongs to, None or "local" to start one here. cpus: that one then has, at least."""
 
     def __init__(self, address: str | None = None, *, cpus: float = 1.0, place_timeout_s: float | None = None) -> None:
-        self.address = address
+        self.address = None if address == "local" else address
         self.place_timeout_s = place_timeout_s or PLACE_TIMEOUT_S
         self._cpus = cpus
         self._connecting = asyncio.Lock()
