@@ -147,6 +147,21 @@ def test_everything_is_compiled_before_it_is_needed(monkeypatch: pytest.MonkeyPa
     assert min(asked) >= 2
 
 
+def test_who_has_waited_too_long_gets_the_share_of_slots_that_the_floor_grants() -> None:
+    planner = AnnealingPolicy(budget=SearchBudget(time_s=None, evaluations=400))
+
+    def first_at(now_s: float) -> int:
+        rows = waiting(chat(0.0, 1000), chat(0.0, 100), chat(0.0, 120)).copy()
+        rows["arrival_at_s"][1:] = now_s - 0.5
+        shot = snapshot(rows, cap=1)
+        return int(planner.plan(Snapshot(now_s, rows, shot.running, shot.limits, MODEL)).order[0])
+
+    assert first_at(NOW_S + 1000.0) == 2  # nothing is granted yet
+    assert first_at(NOW_S + 2000.0) == 2  # 10 s of the 16 it needs
+    assert first_at(NOW_S + 3000.0) == 1
+    assert first_at(NOW_S + 3000.1) == 2  # used up
+
+
 def test_jobs_are_described_by_hand() -> None:
     """One slot runs 30 of 50 tokens; two of 21 and 41 tokens wait, with exact lengths."""
     rows = waiting(code(4.0, 21), chat(1.0, 41))

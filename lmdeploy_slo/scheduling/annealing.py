@@ -37,7 +37,7 @@ from lmdeploy_slo.scheduling.annealing_arrays import (
 )
 from lmdeploy_slo.scheduling.fcfs_backlog import FcfsBacklog
 from lmdeploy_slo.scheduling.policy import SearchBudget
-from lmdeploy_slo.scheduling.rules import rule_order
+from lmdeploy_slo.scheduling.rules import rule_order, step_time_s
 from lmdeploy_slo.scheduling.shadow_price import ShadowPrice
 from lmdeploy_slo.scheduling.slot_order import order_for_slots
 
@@ -64,8 +64,8 @@ SEARCH_SHARE, SEARCH_SHARE_WITHOUT_SLOTS = 0.85, 0.72
 """Part of a time budget after which the search ends; the rest is for what comes after it, which is more where there are
 more candidates than free slots."""
 
-FLOOR_SAVED_S = 1.0
-"""Of what the floor grants, so much can be saved up: the prefill of the longest prompts."""
+FLOOR_SAVED_S, FLOOR_SAVED_SLOTS_S = 1.0, 600.0
+"""Of what the floor grants, so much can be saved up: the prefill of the longest prompts, a slot for the longest run."""
 
 Steps: TypeAlias = npt.NDArray[np.int64]
 Stage: TypeAlias = tuple[Pace, Base, int, Stakes, int, Candidates, Scratch]
@@ -83,7 +83,8 @@ class AnnealingOptions:
 
     patience: > 0, the knob between attainment and the longest waits: a leftover pays the price of its engine time in
     full at first, nothing after this many times the longest wait FCFS would have caused of late.
-    floor: in [0, 1), the share of time that leftovers which have waited twice as long get whatever it costs others.
+    floor: in [0, 1), the share of time, and of slots, that leftovers which have waited twice as long get whatever it
+    costs others.
     max_candidates: waiting requests one search decides on, the cheapest that can still meet. length_spread: how many
     sigmas the outer length quantiles lie off the forecast. price_window_s, price_capacity, price_weight: see
     ShadowPrice; the weight scales it. background_max: largest share of time ascribed to prefills still to come, and
@@ -167,7 +168,8 @@ class AnnealingPolicy:
         self._candidates = make_candidates(self._options.max_candidates)
         self._stakes = make_stakes(QUANTILES * 256)
         self._batch = PRICE_BATCH
-        self._granted_s = 0.0  # what the floor has granted and nobody has used
+        self._granted_s = 0.0  # what the floor has granted and nobody has used, of prefill ...
+        self._slots_granted_s = 0.0  # ... and of the time of slots
         self._planned_at_s: float | None = None
         self._last: dict[int, int] = {}  # handle -> admission step of the last plan
         self._last_at_s = 0.0
@@ -189,8 +191,10 @@ class AnnealingPolicy:
         self._price.learn(snapshot, self._batch)
         self._backlog.learn(snapshot, self._batch)
         if self._planned_at_s is not None:
-            granted_s = self._granted_s + options.floor * max(0.0, now_s - self._planned_at_s)
-            self._granted_s = min(granted_s, FLOOR_SAVED_S)
+            granted_s = options.floor * max(0.0, now_s - self._planned_at_s)
+            self._granted_s = min(self._granted_s + granted_s, FLOOR_SAVED_S)
+            slots_s = self._slots_granted_s + granted_s * snapshot.limits.max_batch_size
+            self._slots_granted_s = min(slots_s, FLOOR_SAVED_SLOTS_S)
         self._planned_at_s = now_s
         if snapshot.free_slots == 0 or not len(waiting):
             return Plan(order=waiting["handle"][np.argsort(waiting["arrival_at_s"], kind="stable")], send_now=0)
@@ -202,6 +206,8 @@ class AnnealingPolicy:
             now = order_for_slots(snapshot, self._candidates, now, stage[0], self._state)
         send = rows[now]
         leftovers = self._by_response(snapshot, engine_s, np.flatnonzero(~hopeful))
+        if len(now) >= snapshot.free_slots and self._has_earned_a_slot(snapshot, leftovers):
+            send, leftovers = np.concatenate([leftovers[:1], send]), leftovers[1:]
         extra, self._granted_s = kernel.admit_leftovers(
             waiting, leftovers[: options.leftovers_per_plan], now_s, options.patience * self._backlog.longest_s,
             options.leftover_loss, options.reserve_s, self._granted_s, self._price_s * self._congestion(n), engine_s,
@@ -358,6 +364,19 @@ class AnnealingPolicy:
         response = (snapshot.now_s - waiting["arrival_at_s"]) / np.sqrt(np.maximum(engine_s[rows], SHORTEST_STEP_S))
         response *= self._price.worth_of(waiting["client"])
         return np.asarray(rows[np.lexsort((-response, -waiting["tier"]))], dtype=np.int64)
+
+    def _has_earned_a_slot(self, snapshot: Snapshot, leftovers: Steps) -> bool:
+        """Whether the first leftover goes before those who can meet, where they want every slot: it has waited twice as
+        long as patience lasts, and the floor has granted the time it will hold a slot, which is used up then."""
+        if not len(leftovers):
+            return False
+        row = snapshot.waiting[leftovers[0]]
+        overdue_s = 2.0 * self._options.patience * self._backlog.longest_s
+        run_s = float(row["output_tokens"]) * step_time_s(snapshot)
+        if snapshot.now_s - row["arrival_at_s"] < overdue_s or run_s > self._slots_granted_s:
+            return False
+        self._slots_granted_s -= run_s
+        return True
 
     def _order(self, snapshot: Snapshot, groups: tuple[Steps, ...]) -> Steps:
         """Every row once: one group after the other, then the others by arrival."""
