@@ -47,6 +47,7 @@ BIN_WIDTH = 0.08
 
 _LEVELS = np.array(LEVELS)
 _JUDGED = np.array([LEVELS.index(level) for level in JUDGED_AT])
+_NOTHING = (None, LengthForecast(1.0, 0.0))
 
 
 class TaskLengthPredictor:
@@ -58,13 +59,20 @@ class TaskLengthPredictor:
         self._lengths = BackoffDistribution(support, prior, depth=6)
         self._hints = HintModel()
         self._trust: OrderedDict[tuple[str, str, str], ExpertWeights] = OrderedDict()  # (no hint, hint)
+        self._last: tuple[RequestSpec | None, LengthForecast] = _NOTHING  # foretold since the last observation
 
     def predict(self, spec: RequestSpec) -> LengthForecast:
+        last_spec, last_forecast = self._last
+        if spec is last_spec:  # a request is asked about several times on its arrival
+            return last_forecast
         cap = float(spec.max_new_tokens)
         tokens = np.ceil(np.minimum(self._quantiles(spec), cap) - 1e-6)
-        return forecast_of(np.maximum(tokens, 1.0).tolist())
+        forecast = forecast_of(np.maximum(tokens, 1.0).tolist())
+        self._last = spec, forecast
+        return forecast
 
     def observe(self, spec: RequestSpec, output_tokens: int) -> None:
+        self._last = _NOTHING
         length = float(max(1, output_tokens))
         cut = output_tokens >= spec.max_new_tokens
         hint = spec.expected_output_tokens
@@ -96,6 +104,7 @@ class TaskLengthPredictor:
         except (KeyError, TypeError) as error:
             raise ValueError(f"not what a length predictor learnt: {error!r}") from error
         self._lengths, self._hints, self._trust = fresh._lengths, fresh._hints, fresh._trust
+        self._last = _NOTHING
 
     # -- inside ---------------------------------------------------------------
 

@@ -1,7 +1,12 @@
-"""What a new request may expect: a forecast from a picture of the queue that is at most milliseconds old."""
+"""What a new request may expect: a forecast from a picture of the queue that is at most milliseconds old.
+
+The length that is expected of a request is foretold when it comes; the rest, which nobody looks at so soon, a moment
+later, from the picture of its arrival: so it is on its way to the engine first.
+"""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 from lmdeploy_slo.clock import Clock
@@ -14,6 +19,9 @@ from lmdeploy_slo.scheduling.scheduler import Scheduler
 
 OUTLOOK_S = 0.005
 """For so long the forecasts of new requests are made from one snapshot and the requests that came since."""
+
+LATER_S = 0.002
+"""So long after its arrival a request's forecast is there, unless it was looked at before."""
 
 
 class Expectation:
@@ -28,25 +36,50 @@ class Expectation:
         self._report_progress = report_progress
         self._outlook: Outlook | None = None
         self._until_s = 0.0
+        self._came: list[tuple[RequestSpec, float, float]] = []  # since the outlook: with output and cached tokens
+        self._unfinished: list[Forecast] = []  # of requests that were taken
+        self._timer: asyncio.TimerHandle | None = None
         self.forecaster = Forecaster(keeps_order=keeps_order)
 
     def of(self, spec: RequestSpec, *, afresh: bool = False) -> Forecast:
         """Were it submitted now. afresh: from a snapshot of this instant."""
+        outlook = self._outlook_of_now(afresh=afresh)
+        length, cached_tokens = self._scheduler.forecast(spec), self._scheduler.expected_cached_tokens(spec)
+        if afresh:
+            return self.forecaster.forecast(spec, outlook, length, cached_tokens)
+        return Forecast.later(length.tokens, lambda: self.forecaster.forecast(spec, outlook, length, cached_tokens))
+
+    def add(self, spec: RequestSpec, expected: Forecast) -> None:
+        """It was taken: those that come next wait behind it."""
+        self._came.append((spec, expected.output_tokens, self._scheduler.expected_cached_tokens(spec)))
+        self._unfinished.append(expected)
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(LATER_S, self._finish)
+
+    def _outlook_of_now(self, *, afresh: bool) -> Outlook:
         now_s = self._clock.now_s()
         if afresh or self._outlook is None or now_s >= self._until_s:
             self._report_progress()
             self._outlook = Outlook(self._scheduler.snapshot(now_s))
             self._until_s = now_s + OUTLOOK_S
-        cached_tokens = self._scheduler.expected_cached_tokens(spec)
-        return self.forecaster.forecast(spec, self._outlook, self._scheduler.forecast(spec), cached_tokens)
+        elif self._came:
+            self._outlook = self._outlook.copy()  # the one before is that of forecasts still to be made
+            for spec, output_tokens, cached_tokens in self._came:
+                self._outlook.add(spec, output_tokens, cached_tokens)
+        self._came.clear()
+        return self._outlook
 
-    def add(self, spec: RequestSpec, expected: Forecast) -> None:
-        """It was taken: those that come next wait behind it."""
-        if self._outlook is not None:
-            self._outlook.add(spec, expected.output_tokens, self._scheduler.expected_cached_tokens(spec))
+    def _finish(self) -> None:
+        unfinished, self._unfinished = self._unfinished, []
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        for forecast in unfinished:
+            forecast.finish()
 
     def ended(self, spec: RequestSpec, expected: Forecast, timing: Timing, status: EndStatus) -> None:
         """What came of a request that was told `expected`. An engine's failure tells nothing of queues."""
+        self._finish()
         if status in (EndStatus.FAILED, EndStatus.REJECTED):
             return
         finished = status is EndStatus.FINISHED

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lmdeploy_slo.core.slo import Slo
 
@@ -32,8 +33,25 @@ class Intervals:
     e2e_s: Interval
 
 
+class _Later:
+    """Fields that are not there yet are worked out, all of them, when one is first asked for."""
+
+    __slots__ = ("_make",)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name not in _FIELDS:
+                raise AttributeError(name)
+            made = self._make()
+            for each in _FIELDS:
+                object.__setattr__(self, each, getattr(made, each))
+            object.__setattr__(self, "_make", None)
+            return getattr(self, name)
+
+
 @dataclass(frozen=True, slots=True)
-class Forecast:
+class Forecast(_Later):
     """What is expected of a request: medians, durations in seconds from its arrival, each >= 0.
 
     output_tokens: >= 1. queue_position: waiting requests that would go before it.
@@ -52,6 +70,21 @@ class Forecast:
     chance: float | None = None
     chances: tuple[tuple[str, float], ...] = ()
     basis: Any = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def later(cls, output_tokens: float, make: Callable[[], Forecast]) -> Forecast:
+        """The forecast that `make` returns, which is called once, when more than `output_tokens` is asked for."""
+        forecast = cls.__new__(cls)
+        object.__setattr__(forecast, "output_tokens", output_tokens)
+        object.__setattr__(forecast, "_make", make)
+        return forecast
+
+    def finish(self) -> None:
+        """Has everything worked out that was left for later."""
+        _ = self.e2e_s
+
+
+_FIELDS = frozenset(each.name for each in fields(Forecast))
 
 
 def unmet_objectives(slo: Slo, expected: Forecast) -> list[str]:

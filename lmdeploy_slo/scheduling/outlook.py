@@ -23,6 +23,8 @@ Overtaking, A = W = 0, and a step is the mean time per token of the requests tha
 
 from __future__ import annotations
 
+from copy import copy
+
 import numpy as np
 
 from lmdeploy_slo.core.latency_model import StepModel
@@ -58,33 +60,50 @@ class Outlook:
     )
 
     def __init__(self, snapshot: Snapshot) -> None:
-        model, running, waiting = snapshot.model, snapshot.running, snapshot.waiting
+        """Where nobody runs or nobody waits, which is so of most snapshots at light load, nothing is summed up."""
+        running, model = snapshot.running, snapshot.model
         self._model = model
         self._cap = snapshot.limits.max_batch_size
-        self._remaining_steps = np.sort(
-            np.maximum(running["output_tokens"] - running["generated_tokens"], 1.0)
-        ).tolist()
-        self.pending_s = float(prefill_s(running[running["generated_tokens"] == 0], model).sum())
-        self._running_context_tokens = _context_tokens(running)
-        self._context_tokens = self._running_context_tokens + _context_tokens(waiting)
-        stalls_s = prefill_s(waiting, model)
-        self.waiting_s = float(stalls_s.sum())
-        tiers = waiting["tier"]
-        self._ahead_requests = np.bincount(tiers, minlength=len(PriorityClass)).tolist()
-        self._ahead_output_tokens = np.bincount(
-            tiers, weights=waiting["output_tokens"], minlength=len(PriorityClass)
-        ).tolist()
+        self._remaining_steps: list[float] = []
+        self.pending_s = self._running_context_tokens = observed_s = 0.0
+        if len(running):
+            remaining = np.maximum(running["output_tokens"] - running["generated_tokens"], 1.0)
+            self._remaining_steps = np.sort(remaining).tolist()
+            self.pending_s = float(prefill_s(running[running["generated_tokens"] == 0], model).sum())
+            self._running_context_tokens = _context_tokens(running)
+            observed_s = _observed_pace_s(running, snapshot.now_s)
         step_s = self._decode_s(len(running) + 1, self._running_context_tokens)
-        self.pace_s = max(step_s, _observed_pace_s(running, snapshot.now_s))
+        self.pace_s = max(step_s, observed_s)
+        self._context_tokens = self._running_context_tokens
+        self.waiting_s = self.hopeful_s = 0.0
+        self._ahead_requests, self._hopeful_requests = [0] * len(PriorityClass), [0] * len(PriorityClass)
+        self._ahead_output_tokens = [0.0] * len(PriorityClass)
+        if len(snapshot.waiting):
+            self._look_at_waiting(snapshot, step_s)
+
+    def _look_at_waiting(self, snapshot: Snapshot, step_s: float) -> None:
+        waiting, classes = snapshot.waiting, len(PriorityClass)
+        stalls_s, tiers = prefill_s(waiting, snapshot.model), waiting["tier"]
+        self._context_tokens += _context_tokens(waiting)
+        self.waiting_s = float(stalls_s.sum())
+        self._ahead_requests = np.bincount(tiers, minlength=classes).tolist()
+        self._ahead_output_tokens = np.bincount(tiers, weights=waiting["output_tokens"], minlength=classes).tolist()
         hopeful = _can_meet(waiting, stalls_s, snapshot.now_s + self.pending_s, step_s)
         self.hopeful_s = float(stalls_s[hopeful].sum())
-        self._hopeful_requests = np.bincount(tiers[hopeful], minlength=len(PriorityClass)).tolist()
+        self._hopeful_requests = np.bincount(tiers[hopeful], minlength=classes).tolist()
 
     @classmethod
     def of_nobody(cls, limits: EngineLimits, model: StepModel) -> Outlook:
         """That of an engine without a request: what breaks an SLO there, no waiting will mend."""
         nobody = np.empty(0, ROW_DTYPE)
         return cls(Snapshot(0.0, nobody, nobody, limits, model))
+
+    def copy(self) -> Outlook:
+        """One that `add` does not change."""
+        other = copy(self)
+        other._ahead_requests, other._hopeful_requests = self._ahead_requests.copy(), self._hopeful_requests.copy()
+        other._ahead_output_tokens = self._ahead_output_tokens.copy()
+        return other
 
     def add(self, spec: RequestSpec, output_tokens: float, cached_tokens: float = 0.0) -> None:
         """One more request waits; so much of its prompt is expected in the prefix cache."""
