@@ -18,6 +18,7 @@ from lmdeploy_slo.core.request import FinishReason
 from lmdeploy_slo.core.snapshot import EngineLimits, Snapshot
 from lmdeploy_slo.errors import Cancelled
 from lmdeploy_slo.prediction.length import TaskLengthPredictor
+from lmdeploy_slo.runtime.plan_loop import AT_ONCE
 from lmdeploy_slo.runtime.runtime import Runtime
 from lmdeploy_slo.scheduling.scheduler import Scheduler
 from lmdeploy_slo.testing.builders import NO_TIME, make_request, make_spec
@@ -241,20 +242,30 @@ def test_a_new_event_overtakes_the_time_a_plan_asked_for() -> None:
     planned(policy, scenario)
 
 
-def test_arrivals_within_the_gap_share_a_plan() -> None:
+def test_a_burst_shares_plans_and_arrivals_now_and_then_are_planned_at_once() -> None:
     policy = WatchedPolicy()
+    gap_s = 0.02
 
     async def scenario(bench: Bench) -> None:
-        bench.submit("first")
-        await bench.engine.has("first")
-        assert bench.clock.now_s() == 0.0, "an idle server plans at once"
-        for i in range(4):
-            bench.submit(f"later{i}")
-            await asyncio.sleep(0.004)
-        await bench.engine.has(*(f"later{i}" for i in range(4)))
-        assert [(s.now_s, len(s.waiting)) for s in policy.snapshots] == [(0.0, 1), (0.02, 4)]
+        for i in range(16):
+            bench.submit(f"burst{i}")
+            await asyncio.sleep(0.003)
+        await bench.engine.has("burst15")
+        planned = [(pytest.approx(s.now_s), len(s.waiting)) for s in policy.snapshots]
+        at_once = [(0.0, 1), (0.003, 1), (0.006, 1), (0.009, 1)]
+        assert len(at_once) == AT_ONCE
+        assert planned == [*at_once, (gap_s, 3), (2 * gap_s, 7), (3 * gap_s, 2)]
 
-    planned(policy, scenario, plan_gap_s=0.02)
+        await asyncio.sleep(AT_ONCE * gap_s)
+        policy.snapshots.clear()
+        came_s = []
+        for i in range(2 * AT_ONCE):
+            came_s.append(bench.clock.now_s())
+            bench.submit(f"later{i}")
+            await asyncio.sleep(gap_s)
+        assert [s.now_s for s in policy.snapshots] == came_s
+
+    planned(policy, scenario, plan_gap_s=gap_s)
 
 
 def _raises(snapshot: Snapshot) -> Plan:

@@ -1,8 +1,12 @@
 """When plans are made, and that they are carried out.
 
-Whatever can change a plan marks it stale. A task takes a snapshot, has it planned off the loop, applies the plan and
-starts again where something happened meanwhile: many events during one plan lead to one more plan, and so do many
-within `gap_s` of its start, so that a burst of arrivals costs one plan rather than one each.
+Whatever can change a plan marks it stale. A task takes a snapshot, has it planned, applies the plan and starts again
+where something happened meanwhile: many events during one plan lead to one more plan. Plans start `gap_s` apart in the
+long run, so that a burst of arrivals costs few plans rather than one each; up to `AT_ONCE` of these gaps can be saved
+up, so that an arrival now and then is planned when it comes.
+
+Where there is nothing to decide (`Planner.certain`), the request is sent first; the policy is told when the next thing
+happens, which is the engine's answer.
 """
 
 from __future__ import annotations
@@ -24,6 +28,10 @@ logger = logging.getLogger(__name__)
 
 IDLE_REPLAN_S = 0.05
 """A plan that sends nothing into an idle engine, and names no time to ask again, is asked again after this long."""
+
+
+AT_ONCE = 4
+"""So many plans may follow each other without a gap after a while without any."""
 
 
 class PlanWatcher(Protocol):
@@ -99,11 +107,11 @@ class PlanLoop:
             self._task = None
 
     async def _run(self) -> None:
-        next_at_s = -math.inf
+        paid_until_s = -math.inf  # each plan takes a gap of time, and may begin so many gaps ahead of it
         while True:
             await self._stale.wait()
             await self._open.wait()
-            wait_s = next_at_s - self._clock.now_s()
+            wait_s = paid_until_s - (AT_ONCE - 1) * self._gap_s - self._clock.now_s()
             if wait_s > 0:
                 await asyncio.sleep(wait_s)
             self._stale.clear()
@@ -112,10 +120,11 @@ class PlanLoop:
                 self._timer = None
             try:
                 if self._scheduler.statistics().waiting:
-                    next_at_s = self._clock.now_s() + self._gap_s
+                    paid_until_s = max(paid_until_s, self._clock.now_s()) + self._gap_s
                     await self._plan_once()
                 else:  # the order of those in the engine may still have changed
                     self._start_order.renew(self._clock.now_s())
+                    await self._planner.catch_up()
             except Exception:  # a defect here must not stop all planning
                 logger.exception("planning failed")
                 self._ask_again_after(IDLE_REPLAN_S)
@@ -123,9 +132,11 @@ class PlanLoop:
     async def _plan_once(self) -> None:
         self._report_progress()
         snapshot = self._scheduler.snapshot(self._clock.now_s())
-        plan = await self._planner.plan(snapshot)
-        if not self._open.is_set():
-            return
+        plan = self._planner.certain(snapshot)
+        if plan is None:
+            plan = await self._planner.plan(snapshot)
+            if not self._open.is_set():
+                return
         now_s = self._clock.now_s()
         dispatches = self._scheduler.apply(plan, now_s)
         self._watcher.planned(snapshot, plan, dispatches, self._planner.statistics(), now_s)

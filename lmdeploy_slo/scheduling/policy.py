@@ -34,6 +34,18 @@ class Policy(Protocol):
         ...
 
 
+def few_at_once(policy: Policy) -> int:
+    """So many waiting requests, or fewer, `policy` plans in well under a millisecond: its own `few_at_once`, 0 where it
+    has none. Such plans may be made where a thread is not worth its while."""
+    return int(getattr(policy, "few_at_once", 0))
+
+
+def fills_idle_engine(policy: Policy) -> bool:
+    """Whether `policy` certainly sends a request that waits alone for an engine with nothing to do: its own
+    `fills_idle_engine`, False where it has none."""
+    return bool(getattr(policy, "fills_idle_engine", False))
+
+
 class SearchBudget:
     """How long a search may take: by the clock in production, by evaluations where runs must repeat exactly.
 

@@ -112,6 +112,7 @@ class RulePolicy:
     """A fixed rule by name; `name` as in `RULES`, else KeyError."""
 
     wants_ticks = False
+    few_at_once = 16
 
     def __init__(self, rule: str, *, feasible_first: bool = False) -> None:
         RULES[rule]
