@@ -53,17 +53,26 @@ from lmdeploy_slo.v1 import inference_pb2 as pb
 
 LIMITS = EngineLimits(max_batch_size=64)
 MODEL = StepModel(c0=5e-3, p1=2e-5, p2=0.0, d1=2e-5, d2=0.0)
+TIMER_TICK_S = 1e-3
 TOKENS = 4
 Measured = tuple[list[float], float]
 TEXT = "How much does a gateway add to the time until a user sees something? " * 4
 
 
-REQUEST = pb.GenerateRequest(
-    text=TEXT,
-    slo=pb.Slo(ttft_ms=200, tpot_ms=50),
-    stopping=pb.StoppingParams(max_new_tokens=TOKENS),
-    emulation=pb.Emulation(output_tokens=TOKENS),
-).SerializeToString()
+
+def request_of(text: str) -> bytes:
+    return pb.GenerateRequest(
+        text=text,
+        slo=pb.Slo(ttft_ms=200, tpot_ms=50),
+        stopping=pb.StoppingParams(max_new_tokens=TOKENS),
+        emulation=pb.Emulation(output_tokens=TOKENS),
+    ).SerializeToString()
+
+
+TEXTS = tuple(TEXT + " so" * more for more in range(round(TIMER_TICK_S / MODEL.p1)))
+"""Each takes one more token's prefill than the one before, all together a tick."""
+
+REQUESTS = tuple(map(request_of, TEXTS))
 
 
 class BareEngine:
@@ -165,7 +174,7 @@ async def phases(policy: str, requests: int) -> str:
     for _ in range(requests):
         marks.clear()
         called_s = time.perf_counter()
-        await service.generate_stream(REQUEST, InProcess())
+        await service.generate_stream(REQUESTS[0], InProcess())
         accepted_s, queued_s, sent_s, _ = marks
         found.append((accepted_s - called_s, queued_s - accepted_s, sent_s - queued_s))
         await asyncio.sleep(0.02)
@@ -195,17 +204,17 @@ def run_client(pipe: Connection) -> None:
     """(port, or "engine", or a policy for the service; seed; requests; rate) -> times to first token, and the CPU time
     of this process; seconds."""
 
-    async def offer(first_token: Callable[[], Any], seed: int, requests: int, rate: float) -> Measured:
+    async def offer(first_token: Callable[[int], Any], seed: int, requests: int, rate: float) -> Measured:
         draw, took_s = random.Random(seed), list[float]()
 
-        async def one() -> None:
+        async def one(which: int) -> None:
             began_s = time.perf_counter()
-            ended_s = await first_token()
+            ended_s = await first_token(which)
             took_s.append(ended_s - began_s)
 
         calls, cpu_s = [], time.process_time()
         for _ in range(requests):
-            calls.append(asyncio.create_task(one()))
+            calls.append(asyncio.create_task(one(draw.randrange(len(REQUESTS)))))
             await asyncio.sleep(draw.expovariate(rate))
         await asyncio.gather(*calls)
         return took_s, time.process_time() - cpu_s
@@ -216,9 +225,9 @@ def run_client(pipe: Connection) -> None:
             await runtime.start()
             service: Any = InferenceService(runtime, GatewayOptions())
 
-            async def called() -> float:
+            async def called(which: int) -> float:
                 call = InProcess()
-                await service.generate_stream(REQUEST, call)
+                await service.generate_stream(REQUESTS[which], call)
                 return call.first_s
 
             measured = await offer(called, seed, requests, rate)
@@ -227,10 +236,10 @@ def run_client(pipe: Connection) -> None:
         if port == "engine":
             bare = BareEngine()
             await bare.start()
-            ids = bare.engine.tokenizer.encode(TEXT)
+            ids = [bare.engine.tokenizer.encode(text) for text in TEXTS]
 
-            async def alone() -> float:
-                await bare.first_token(ids)
+            async def alone(which: int) -> float:
+                await bare.first_token(ids[which])
                 return time.perf_counter()
 
             measured = await offer(alone, seed, requests, rate)
@@ -240,8 +249,8 @@ def run_client(pipe: Connection) -> None:
             await channel.channel_ready()
             method = channel.unary_stream(METHOD)
 
-            async def over_grpc() -> float:
-                call, first_s = method(REQUEST), 0.0
+            async def over_grpc(which: int) -> float:
+                call, first_s = method(REQUESTS[which]), 0.0
                 async for _ in call:
                     first_s = first_s or time.perf_counter()
                 return first_s
@@ -252,6 +261,15 @@ def run_client(pipe: Connection) -> None:
         pipe.send(uvloop.run(run(*job)))
 
 
+def spawn_from(root: Path, target: Any) -> Connection:
+    """A child process with the package of another checkout."""
+    sys.path.insert(0, str(root.resolve()))
+    try:
+        return spawn(target)
+    finally:
+        del sys.path[0]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5)
@@ -260,47 +278,60 @@ def main() -> None:
         "--rate", type=float, default=10.0, help="requests a second; each keeps the engine busy for 20 ms"
     )
     parser.add_argument("--policy", default="annealing")
+    parser.add_argument("--baseline", type=Path, help="a checkout of another version, to run beside this one")
     args = parser.parse_args()
     client, bare, gateway = spawn(run_client), spawn(serve_bare), spawn(serve_gateway)
     gateway.send(args.policy)
     port = bare.recv()
-    ports = {"engine": "engine", "service": args.policy, "bare": port, "gateway": gateway.recv(), "again": port}
+    settings: dict[str, tuple[Connection, int | str]] = {
+        "engine": (client, "engine"),
+        "service": (client, args.policy),
+        "bare": (client, port),
+        "gateway": (client, gateway.recv()),
+        "again": (client, port),
+    }
+    if args.baseline:
+        other_client, other_gateway = spawn_from(args.baseline, run_client), spawn_from(args.baseline, serve_gateway)
+        other_gateway.send(args.policy)
+        settings |= {"service before": (other_client, args.policy), "gateway before": (client, other_gateway.recv())}
 
-    cpu_ms: dict[str, list[float]] = {"engine": [], "service": []}
+    cpu_ms: dict[str, list[float]] = {name: [] for name in settings if name.startswith(("engine", "service"))}
 
-    def percentiles(setting: str, seed: int, requests: int) -> tuple[float, float]:
-        client.send((ports[setting], seed, requests, args.rate))
-        took_s, cpu_s = client.recv()
+    def figures(setting: str, seed: int, requests: int) -> tuple[float, ...]:
+        """Of the times to first token, milliseconds: p50, p99, mean."""
+        measured_by, port = settings[setting]
+        measured_by.send((port, seed, requests, args.rate))
+        took_s, cpu_s = measured_by.recv()
         if setting in cpu_ms and seed:
             cpu_ms[setting].append(cpu_s * 1e3 / requests)
-        p50, p99 = np.percentile(took_s, (50, 99)) * 1e3
-        return float(p50), float(p99)
+        return tuple(float(x) * 1e3 for x in (*np.percentile(took_s, (50, 99)), np.mean(took_s)))
 
-    for setting in ports:
-        percentiles(setting, 0, 50)  # warm up
-    print("TTFT, ms  " + "".join(f"{setting:>16}" for setting in ports) + "   (p50 p99)")
-    differences = {
-        "service over engine": ("service", "engine"),
-        "gateway over bare gRPC": ("gateway", "bare"),
-        "gateway over engine": ("gateway", "engine"),
-        "nothing": ("again", "bare"),
-    }
-    added: dict[str, list[tuple[float, float]]] = {name: [] for name in differences}
+    for setting in settings:
+        figures(setting, 0, 50)  # warm up
+    print("TTFT, ms  " + "".join(f"{setting:>16}" for setting in settings) + "   (p50 p99)")
+    differences = {"nothing": ("again", "bare")}
+    for when in ("", " before") if args.baseline else ("",):
+        differences |= {
+            f"service{when} over engine": (f"service{when}", "engine"),
+            f"gateway{when} over bare gRPC": (f"gateway{when}", "bare"),
+            f"gateway{when} over engine": (f"gateway{when}", "engine"),
+        }
+    added: dict[str, list[tuple[float, ...]]] = {name: [] for name in differences}
     for pair in range(1, args.pairs + 1):
-        order = list(ports) if pair % 2 else list(ports)[::-1]
-        found = {setting: percentiles(setting, pair, args.requests) for setting in order}
+        order = list(settings) if pair % 2 else list(settings)[::-1]
+        found = {setting: figures(setting, pair, args.requests) for setting in order}
         for name, (more, less) in differences.items():
-            added[name].append((found[more][0] - found[less][0], found[more][1] - found[less][1]))
-        print(f"pair {pair:<5}" + "".join(f"{found[s][0]:9.2f}{found[s][1]:7.2f}" for s in ports), flush=True)
+            added[name].append(tuple(a - b for a, b in zip(found[more], found[less], strict=True)))
+        print(f"pair {pair:<5}" + "".join(f"{found[s][0]:9.2f}{found[s][1]:7.2f}" for s in settings), flush=True)
     print("\nadded, ms: medians over the pairs (each pair)")
     for name, pairs in added.items():
-        p50s, p99s = zip(*pairs, strict=True)
-        for what, values in (("p50", p50s), ("p99", p99s)):
+        for what, values in zip(("p50", "p99", "mean"), zip(*pairs, strict=True), strict=True):
             told = ", ".join(f"{value:.2f}" for value in values)
-            print(f"  {name:24}{what} {statistics.median(values):6.2f}   ({told})")
-    engine_ms, service_ms = (statistics.median(cpu_ms[setting]) for setting in ("engine", "service"))
-    print(f"CPU, ms a request of {TOKENS} tokens, with who calls: engine {engine_ms:.2f}, service {service_ms:.2f}")
-    client.send(None)
+            print(f"  {name:31}{what:5} {statistics.median(values):6.2f}   ({told})")
+    told = ", ".join(f"{name} {statistics.median(values):.2f}" for name, values in cpu_ms.items())
+    print(f"CPU, ms a request of {TOKENS} tokens, with who calls: {told}")
+    for measured_by in {id(c): c for c, _ in settings.values()}.values():
+        measured_by.send(None)
     print(uvloop.run(phases(args.policy, args.requests)))
 
 
