@@ -187,6 +187,35 @@ async def test_one_that_was_given_up_is_replaced(bench: Bench) -> None:
     assert bench.runtime.load().resumed == 1
 
 
+@bench()
+async def test_one_that_is_asked_to_go_is_replaced(bench: Bench) -> None:
+    bench.scaling.scale(2)
+    await asyncio.sleep(11.0)
+    streams = [bench.submit(f"r{i}", tokens=900) for i in range(6)]
+    await asyncio.sleep(0.1)
+    bench.scaling.scale(2, ["emulated-0"])
+    await turns()
+    assert [one.name for one in bench.runtime.load().replicas if one.draining] == ["emulated-0"]
+    for stream in streams:
+        assert len((await stream.result()).token_ids) == 900
+    await asyncio.sleep(12.0)
+    assert [one.name for one in bench.runtime.load().replicas] == ["emulated-1", "emulated-2"]
+    assert bench.states == ["up", "up"]
+
+
+@bench()
+async def test_the_only_one_goes_when_another_is_there(bench: Bench) -> None:
+    stream = bench.submit("r", tokens=100)
+    bench.scaling.scale(1, ["emulated-0"])
+    await asyncio.sleep(0.5)
+    assert bench.states == ["up", "starting"]
+    await asyncio.sleep(12.0)
+    assert [one.name for one in bench.runtime.load().replicas] == ["emulated-1"]
+    assert len((await stream.result()).token_ids) == 100
+    with pytest.raises(InvalidRequest, match=r"no 'emulated-0', but emulated-1"):
+        bench.scaling.scale(1, ["emulated-0"])
+
+
 @bench(lambda: AutoscaleRule(AutoscaleOptions(least=1, most=3, up_s=10.0, down_s=60.0)))
 async def test_the_rule_follows_the_load(bench: Bench) -> None:
     slo, streams, sizes = Slo(e2e_s=3.0), [], []

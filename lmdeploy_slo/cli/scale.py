@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
@@ -11,7 +11,7 @@ import typer
 from lmdeploy_slo.cli import connection
 from lmdeploy_slo.cli.generate import check_target, describe_error
 from lmdeploy_slo.client import Client, Load
-from lmdeploy_slo.clock import MonotonicClock
+from lmdeploy_slo.clock import Clock, MonotonicClock
 from lmdeploy_slo.errors import SloError
 
 LOOK_S = 0.5
@@ -22,6 +22,10 @@ def scale(
     target: Annotated[
         str, typer.Option(metavar="HOST:PORT", help="The server.", callback=check_target)
     ] = "127.0.0.1:50051",
+    drain: Annotated[
+        list[str] | None,
+        typer.Option(metavar="INSTANCE", help="Take this engine away, and put another one in its place; repeatable."),
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Return when it is so.")] = True,
     timeout_s: Annotated[float, typer.Option(min=0, help="Wait no longer; status 1 then.")] = 1800.0,
     tls: connection.Tls = False,
@@ -39,8 +43,8 @@ def scale(
     try:
         how = connection.access(tls=tls, ca=ca, cert=cert, key=key, token=token, insecure=insecure)
         with Client(target, credentials=how.credentials, token=how.token, insecure=how.insecure) as client:
-            client.scale(replicas)
-            if wait and not reached(client.load, replicas, timeout_s):
+            client.scale(replicas, drain=drain or ())
+            if wait and not reached(client.load, replicas, timeout_s, gone=drain or ()):
                 typer.echo(f"lmdeploy_slo: not done within {timeout_s:g} s; it goes on", err=True)
                 raise typer.Exit(1)
             for replica in client.load().replicas:
@@ -52,14 +56,21 @@ def scale(
 
 
 def reached(
-    look: Callable[[], Load], replicas: int, timeout_s: float, sleep: Callable[[float], None] = time.sleep
+    look: Callable[[], Load],
+    replicas: int,
+    timeout_s: float,
+    *,
+    gone: Sequence[str] = (),
+    sleep: Callable[[float], None] = time.sleep,
+    clock: Clock | None = None,
 ) -> bool:
-    """Whether, within `timeout_s` seconds, there are so many engines, all of them up."""
-    clock = MonotonicClock()
+    """Whether, within `timeout_s` seconds, there are so many engines, all of them up, and none of those named."""
+    clock = clock or MonotonicClock()
     until_s = clock.now_s() + timeout_s
     while True:
         seen = look().replicas
-        if len(seen) == replicas and all(replica.up and not replica.draining for replica in seen):
+        stays = all(one.up and not one.draining and one.instance not in gone for one in seen)
+        if len(seen) == replicas and stays:
             return True
         if clock.now_s() >= until_s:
             return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random as random_module
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
@@ -137,9 +137,13 @@ class AsyncClient:
         request = pb.ExplainRequest(request_id=request_id)
         return explanation_of(await self._unary("Explain", request, timeout_s))
 
-    async def scale(self, replicas: int, *, timeout_s: float | None = INFO_TIMEOUT_S) -> Scaled:
-        """There shall be so many engines, 1 to 1024; for operators. Answers at once, `load` shows how it goes on."""
-        return scaled_of(await self._unary("Scale", pb.ScaleRequest(replicas=replicas), timeout_s))
+    async def scale(
+        self, replicas: int, *, drain: Sequence[str] = (), timeout_s: float | None = INFO_TIMEOUT_S
+    ) -> Scaled:
+        """There shall be so many engines, 1 to 1024; those named in `drain` go, whatever the number. For operators.
+        Answers at once, `load` shows how it goes on."""
+        request = pb.ScaleRequest(replicas=replicas, drain=drain)
+        return scaled_of(await self._unary("Scale", request, timeout_s))
 
     async def close(self) -> None:
         """Cancels what is running and closes the connection; later calls raise. Idempotent."""

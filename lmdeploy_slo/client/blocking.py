@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random as random_module
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
@@ -145,9 +145,11 @@ class Client:
         request = pb.ExplainRequest(request_id=request_id)
         return explanation_of(self._unary(self._stub.Explain, request, timeout_s))
 
-    def scale(self, replicas: int, *, timeout_s: float | None = INFO_TIMEOUT_S) -> Scaled:
-        """There shall be so many engines, 1 to 1024; for operators. Answers at once, `load` shows how it goes on."""
-        return scaled_of(self._unary(self._stub.Scale, pb.ScaleRequest(replicas=replicas), timeout_s))
+    def scale(self, replicas: int, *, drain: Sequence[str] = (), timeout_s: float | None = INFO_TIMEOUT_S) -> Scaled:
+        """There shall be so many engines, 1 to 1024; those named in `drain` go, whatever the number. For operators.
+        Answers at once, `load` shows how it goes on."""
+        request = pb.ScaleRequest(replicas=replicas, drain=drain)
+        return scaled_of(self._unary(self._stub.Scale, request, timeout_s))
 
     def close(self) -> None:
         """Cancels what is running and closes the connection; later calls raise ValueError. Idempotent."""

@@ -291,7 +291,7 @@ class InferenceService:
             raise PermissionDenied("how many engines there are is for operators to say")
         if self.scaling is None:
             raise InvalidRequest([FieldViolation("replicas", "the engine of this server runs in its own process")])
-        up = self.scaling.scale(request.replicas)
+        up = self.scaling.scale(request.replicas, request.drain)
         return pb.ScaleResponse(wanted=self.scaling.wanted, up=up).SerializeToString()
 
     # -- who calls ------------------------------------------------------------

@@ -2,14 +2,15 @@
 
 A new engine takes requests when it is up. Of those that go, the ones added last go first: who waits there moves at
 once, what runs there may end for `grace_s` seconds and then goes on elsewhere. A new number holds from the moment it is
-said: engines that are still starting, and are not wanted any more, are stopped. One that was given up is replaced.
+said: engines that are still starting, and are not wanted any more, are stopped. One that was given up, or is asked to
+go by name, is replaced.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import TypeAlias
 
 from lmdeploy_slo.clock import Clock
@@ -54,6 +55,7 @@ class Scaling:
         self._grace_s = grace_s
         self._rule = rule
         self._look_s = look_s
+        self._doomed: set[Replica] = set()  # asked to go, by name
         self._changing: dict[Replica, asyncio.Task[None]] = {}  # those that start or leave
         self._retry_at_s = 0.0
         self._watch: asyncio.Task[None] | None = None
@@ -71,15 +73,26 @@ class Scaling:
         if tasks:
             await asyncio.wait(tasks)
 
-    def scale(self, wanted: int) -> int:
-        """There shall be so many; returns how many take requests now. Raises InvalidRequest for less than 1 or more
-        than `MOST`. Where a rule is at work, it goes on from there."""
+    def scale(self, wanted: int, drain: Sequence[str] = ()) -> int:
+        """There shall be so many; returns how many take requests now. Where a rule is at work, it goes on from there.
+
+        drain: names of engines that shall go whatever their number. Raises InvalidRequest for less than 1 or more than
+        `MOST`, and for names that are unknown; then nothing changes.
+        """
+        replicas = self._runtime.replicas.values()
+        by_name = {replica.name: replica for replica in replicas}
+        wrong = []
         if not 1 <= wanted <= MOST:
-            raise InvalidRequest([FieldViolation("replicas", f"must be from 1 to {MOST}, got {wanted}")])
+            wrong.append(FieldViolation("replicas", f"must be from 1 to {MOST}, got {wanted}"))
+        if unknown := [name for name in drain if name not in by_name]:
+            wrong.append(FieldViolation("drain", f"there is no {unknown[0][:64]!r}, but {', '.join(by_name)}"))
+        if wrong:
+            raise InvalidRequest(wrong)
         self._want(wanted, "on request")
+        self._doomed.update(by_name[name] for name in drain)
         self._retry_at_s = 0.0
         self._reconcile()
-        return sum(replica.up and not replica.draining for replica in self._runtime.replicas.values())
+        return sum(replica.up and not replica.draining for replica in replicas)
 
     def _want(self, wanted: int, why: str) -> None:
         if wanted != self.wanted:
@@ -99,14 +112,15 @@ class Scaling:
                 logger.exception("scaling failed")
 
     def _reconcile(self) -> None:
-        staying = [replica for replica in self._runtime.replicas.values() if not replica.draining]
-        for replica in staying:
-            if replica.recovery.lost.is_set() and any(other.up for other in staying):
-                self._begin(replica, self._leave(replica))  # it will not come back: another one takes its place
-        for replica in reversed(staying[self.wanted :]):
+        replicas = self._runtime.replicas.values()
+        self._doomed.intersection_update(replicas)
+        self._doomed.update(replica for replica in replicas if replica.recovery.lost.is_set())  # it will not come back
+        staying = [replica for replica in replicas if not replica.draining and replica not in self._doomed]
+        going = [*self._doomed, *reversed(staying[self.wanted :])]
+        for replica in going:
             if not replica.started and replica in self._changing:
                 self._changing[replica].cancel()  # it was only starting
-            elif sum(other.up for other in staying) > 1 or not replica.up:
+            elif not replica.draining and any(other.up for other in staying[: self.wanted]):
                 self._begin(replica, self._leave(replica))
         if self._clock.now_s() >= self._retry_at_s:
             for _ in range(self.wanted - len(staying)):

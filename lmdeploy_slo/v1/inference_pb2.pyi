@@ -510,10 +510,12 @@ class TaskLoad(_message.Message):
     def __init__(self, task: _Optional[str] = ..., requests: _Optional[int] = ..., finished: _Optional[int] = ..., with_slo: _Optional[int] = ..., slo_met: _Optional[int] = ..., broke_ttft: _Optional[int] = ..., broke_tpot: _Optional[int] = ..., broke_e2e: _Optional[int] = ..., unfinished: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., mean_ttft_ms: _Optional[float] = ..., mean_tpot_ms: _Optional[float] = ...) -> None: ...
 
 class ScaleRequest(_message.Message):
-    __slots__ = ("replicas",)
+    __slots__ = ("replicas", "drain")
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    DRAIN_FIELD_NUMBER: _ClassVar[int]
     replicas: int
-    def __init__(self, replicas: _Optional[int] = ...) -> None: ...
+    drain: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, replicas: _Optional[int] = ..., drain: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ScaleResponse(_message.Message):
     __slots__ = ("wanted", "up")
