@@ -150,6 +150,7 @@ def build_runtime(
         calibrate=options.calibrate,
         explain_requests=config.observability.explain_requests,
         hold_s=config.engine.restart_hold_s,
+        retries=config.engine.retries,
     )
     limiter = Limiter(limits_of(config), policies or partial(ClientPolicies, config.limits.client_policy))
     return Runtime(

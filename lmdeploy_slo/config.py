@@ -3,7 +3,7 @@
     [server]          host, port, http_port, health_port, drain_grace_s, default_max_new_tokens, max_message_bytes,
                       state_dir
     [engine]          kind, model, profile, max_batch_size, max_prefill_tokens, prefill_for_tpot_ms, kv_tokens,
-                      max_session_tokens, stall_timeout_s, restarts, restart_hold_s, replicas, ray_address,
+                      max_session_tokens, stall_timeout_s, restarts, restart_hold_s, retries, replicas, ray_address,
                       replica_resources, replica_profiles; of LMDeploy alone: device, patched, look_ahead,
                       chat_template, trust_remote_code
     [engine.turbomind]  further fields of LMDeploy's TurbomindEngineConfig, by its names

@@ -112,7 +112,8 @@ class EngineConfig(Section):
     to the tightest one that is promised.
     device, patched, look_ahead, chat_template, trust_remote_code, turbomind: as in `engine.lmdeploy_options`.
     stall_timeout_s: an engine that has work and makes no progress for so long is gone. restarts: so often in a row it
-    is started anew, then the process ends. restart_hold_s: so long requests without a token wait for that.
+    is started anew, then the process ends. restart_hold_s: so long requests without a token wait for that. retries: how
+    often a request whose engine is gone starts over or, with several engines, goes on in another one.
     replicas: engines side by side; more than one run on Ray, and so does one with a ray_address (host:port of a
     cluster's head, or "auto"; unset: Ray is started on this machine). replica_resources: what each takes of Ray's,
     "GPU=2,CPU=4" or a table. replica_profiles: of replica 0, 1 ..., over again; unset: `profile` for all.
@@ -135,6 +136,7 @@ class EngineConfig(Section):
     stall_timeout_s: float = Field(default=120.0, gt=0, le=86_400)
     restarts: int = Field(default=3, ge=0, le=1000)
     restart_hold_s: float = Field(default=30.0, ge=0, le=86_400)
+    retries: int = Field(default=1, ge=0, le=100)
     replicas: int = Field(default=1, ge=1, le=1024)
     ray_address: str | None = Field(default=None, min_length=1)
     replica_resources: Annotated[dict[str, float], BeforeValidator(_resources)] = Field(default_factory=dict)
