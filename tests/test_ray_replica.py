@@ -222,6 +222,16 @@ async def test_steps_keep_their_instants_and_none_lies_ahead() -> None:
     assert log.violations == []
 
 
+@on_ray
+async def test_a_long_prompt_gets_there() -> None:
+    engine, log = replica(), EventLog()
+    await engine.start(log.sink)
+    engine.submit(make_request("a", prompt_tokens=500_000, output_tokens=3), 0)
+    await log.ended("a")
+    assert len(log.token_ids("a")) == 3
+    await engine.close()
+
+
 # -- starting -----------------------------------------------------------------
 
 

@@ -17,13 +17,14 @@ import logging
 import math
 import os
 import re
+import secrets
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 from uuid import uuid4
 
@@ -42,6 +43,7 @@ PLACE_TIMEOUT_S = 120.0
 
 _OF_A_LOCAL_RAY = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # a machine that is no part of a cluster: listens on loopback alone
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is told to anybody
     "RAY_worker_niceness": "0",  # or whatever else runs here comes before the engines
 }
 
@@ -318,8 +320,17 @@ _TOKEN_HINT = " (a cluster with tokens wants its token in RAY_AUTH_TOKEN or ~/.r
 
 def _of_a_local_ray() -> dict[str, str]:
     """For its processes, which import from where this one does. Ray has no arguments for these."""
-    chosen = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    return chosen | {name: value for name, value in _OF_A_LOCAL_RAY.items() if name not in os.environ}
+    wanted = dict(_OF_A_LOCAL_RAY)
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        wanted["RAY_AUTH_TOKEN"] = _own_token()
+    path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return path | {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+@cache
+def _own_token() -> str:
+    """A Ray that knows tokens asks for this one, and needs no file in a home directory. It reads it once a process."""
+    return secrets.token_hex(32)
 
 
 @contextmanager
