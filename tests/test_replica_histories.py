@@ -1,5 +1,5 @@
 """Random histories of several engines in virtual time: they crash, stall, come and go, while requests are sent, aborted
-and given up by their readers. Every request ends exactly once, and who finishes has what one engine would have given."""
+and given up by their readers. Every request ends exactly once; who finishes has what one engine would have given."""
 
 from __future__ import annotations
 
