@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 SHORTEST_S = 1e-9
 
@@ -28,10 +28,10 @@ class Slo:
     e2e_s: float | None = None
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name in ("ttft_s", "tpot_s", "e2e_s"):
+            value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{field.name} must be a positive number of seconds, got {value}")
+                raise ValueError(f"{name} must be a positive number of seconds, got {value}")
 
     @property
     def has_objective(self) -> bool:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import re
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from lmdeploy_slo.core.clients import ClientPolicy, clamp
-from lmdeploy_slo.core.request import ClientId, PriorityClass, RequestSpec
+from lmdeploy_slo.core.request import ANYONE, ClientId, PriorityClass, RequestSpec
 from lmdeploy_slo.core.slo import Slo, seconds_of
 from lmdeploy_slo.engine.base import ChatMessage, Engine, EngineRequest, Sampling, Stopping
 from lmdeploy_slo.errors import FieldViolation, InvalidRequest, ModelNotFound
@@ -76,7 +76,7 @@ class Accepted:
 
     def of(self, client: ClientId, policy: ClientPolicy) -> Accepted:
         """The same as this client may send it."""
-        spec, clamped = clamp(replace(self.spec, client=client), policy)
+        spec, clamped = clamp(self.spec if client == ANYONE else replace(self.spec, client=client), policy)
         return Accepted(spec, self.engine_request, clamped)
 
 
@@ -303,6 +303,8 @@ def _read(
 def _conversation_of(request: pb.GenerateRequest) -> str:
     """Of messages that name no conversation: all turns after the first begin with the same messages, up to the first
     answer; a digest of these, "" where there is none yet."""
+    if request.WhichOneof("prompt") != "messages":
+        return ""
     digest = hashlib.blake2b(digest_size=12)
     for message in request.messages.messages:
         digest.update(f"{message.role}\0{message.content}\0".encode("utf-8", "surrogatepass"))
@@ -318,7 +320,7 @@ def _request_id(request: pb.GenerateRequest, aliases: Aliases, check: _Check) ->
         return request.request_id
     alias = aliases.get(metadata.REQUEST_ID)
     if alias is None:
-        return uuid.uuid4().hex
+        return os.urandom(16).hex()
     if _REQUEST_ID.fullmatch(alias) is None:
         check.add(metadata.REQUEST_ID, limit, header=True)
     return alias

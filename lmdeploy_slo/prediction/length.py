@@ -66,8 +66,8 @@ class TaskLengthPredictor:
         if spec is last_spec:  # a request is asked about several times on its arrival
             return last_forecast
         cap = float(spec.max_new_tokens)
-        tokens = np.ceil(np.minimum(self._quantiles(spec), cap) - 1e-6)
-        forecast = forecast_of(np.maximum(tokens, 1.0).tolist())
+        tokens = [math.ceil(min(quantile, cap) - 1e-6) for quantile in self._quantiles(spec).tolist()]
+        forecast = forecast_of([max(float(count), 1.0) for count in tokens])
         self._last = spec, forecast
         return forecast
 

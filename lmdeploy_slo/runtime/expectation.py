@@ -60,7 +60,7 @@ class Expectation:
         now_s = self._clock.now_s()
         if afresh or self._outlook is None or now_s >= self._until_s:
             self._report_progress()
-            self._outlook = Outlook(self._scheduler.snapshot(now_s))
+            self._outlook = self._afresh(now_s)
             self._until_s = now_s + OUTLOOK_S
         elif self._came:
             self._outlook = self._outlook.copy()  # the one before is that of forecasts still to be made
@@ -68,6 +68,13 @@ class Expectation:
                 self._outlook.add(spec, output_tokens, cached_tokens)
         self._came.clear()
         return self._outlook
+
+    def _afresh(self, now_s: float) -> Outlook:
+        scheduler = self._scheduler
+        queue = scheduler.statistics()
+        if not queue.waiting and not queue.running:
+            return Outlook.of_nobody(scheduler.limits, scheduler.model)
+        return Outlook(scheduler.snapshot(now_s))
 
     def _finish(self) -> None:
         unfinished, self._unfinished = self._unfinished, []

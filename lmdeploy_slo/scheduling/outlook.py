@@ -33,6 +33,8 @@ from lmdeploy_slo.core.snapshot import ROW_DTYPE, EngineLimits, Rows, Snapshot
 from lmdeploy_slo.scheduling.admission import Forecast
 from lmdeploy_slo.scheduling.rules import prefill_s
 
+_NOBODY = np.empty(0, ROW_DTYPE)
+
 PACE_TOKENS = 4
 """A running request tells of the pace once it has emitted so many."""
 
@@ -95,8 +97,7 @@ class Outlook:
     @classmethod
     def of_nobody(cls, limits: EngineLimits, model: StepModel) -> Outlook:
         """That of an engine without a request: what breaks an SLO there, no waiting will mend."""
-        nobody = np.empty(0, ROW_DTYPE)
-        return cls(Snapshot(0.0, nobody, nobody, limits, model))
+        return cls(Snapshot(0.0, _NOBODY, _NOBODY, limits, model))
 
     def copy(self) -> Outlook:
         """One that `add` does not change."""
