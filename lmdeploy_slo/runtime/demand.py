@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from lmdeploy_slo.core.latency_model import StepModel
 from lmdeploy_slo.scheduling.admission import Forecast
 
+MAX_TOLD = 256
+"""Forecasts that are kept for somebody to ask before they are looked at."""
+
 SLOT_S = 1.0
 LONGEST_S = 600.0
 
@@ -44,6 +47,7 @@ class DemandLog:
     def __init__(self) -> None:
         self._slots: deque[_Slot] = deque(maxlen=int(LONGEST_S / SLOT_S))
         self._first_s: float | None = None
+        self._told: list[tuple[_Slot, Forecast]] = []  # of requests with an objective, not in their slots yet
 
     def came(self, prompt_tokens: float, with_slo: bool, expected: Forecast, model: StepModel, now_s: float) -> None:
         """A request was accepted, and told `expected`."""
@@ -51,9 +55,10 @@ class DemandLog:
         output = expected.output_tokens
         per_token_s = model.d1 + model.d2 * (prompt_tokens + output / 2) + model.c0 / REFERENCE_BATCH
         slot.engine_s += model.prefill_stall_s(prompt_tokens) + output * per_token_s
-        if with_slo and expected.chance is not None:
-            slot.with_slo += 1
-            slot.chance += expected.chance
+        if with_slo:  # its chance may not be worked out yet, and nobody waits for it
+            self._told.append((slot, expected))
+            if len(self._told) >= MAX_TOLD:
+                self._count_told()
 
     def refused(self, with_slo: bool, now_s: float) -> None:
         """A request that was offered was not accepted."""
@@ -61,6 +66,7 @@ class DemandLog:
 
     def of_last(self, duration_s: float, now_s: float) -> Demand:
         """Of the last `duration_s` seconds, at most `LONGEST_S`; of fewer where less has been seen."""
+        self._count_told()
         first = math.ceil((now_s - duration_s) / SLOT_S)
         slots = [slot for slot in self._slots if slot.number >= first]
         seen_s = 0.0 if self._first_s is None else now_s - self._first_s
@@ -68,6 +74,13 @@ class DemandLog:
         with_slo = sum(slot.with_slo for slot in slots)
         attainment = sum(slot.chance for slot in slots) / with_slo if with_slo else None
         return Demand(with_slo, attainment, sum(slot.engine_s for slot in slots) / span_s)
+
+    def _count_told(self) -> None:
+        for slot, expected in self._told:
+            if expected.chance is not None:
+                slot.with_slo += 1
+                slot.chance += expected.chance
+        self._told.clear()
 
     def _slot(self, now_s: float) -> _Slot:
         number = int(now_s // SLOT_S)
