@@ -14,6 +14,7 @@ from lmdeploy_slo.errors import ConfigError, EngineUnavailable
 from lmdeploy_slo.prediction.length import TaskLengthPredictor
 from lmdeploy_slo.scheduling.fleet import Fleet, Move
 from lmdeploy_slo.scheduling.placement import make_placement, placement_names
+from lmdeploy_slo.scheduling.policy import Policy
 from lmdeploy_slo.scheduling.rules import RulePolicy
 from lmdeploy_slo.scheduling.scheduler import Scheduler
 from lmdeploy_slo.testing.builders import A100, make_slo, make_spec
@@ -28,7 +29,12 @@ def make_fleet(placement: str = "least-work", replicas: int = 2, **limits: Any) 
     return fleet
 
 
-def add_replica(fleet: Fleet, scale: float = 1.0, queue: int | None = None, **limits: Any) -> int:
+FCFS = RulePolicy("fcfs")
+
+
+def add_replica(
+    fleet: Fleet, scale: float = 1.0, queue: int | None = None, policy: Policy | None = FCFS, **limits: Any
+) -> int:
     scheduler = Scheduler(
         limits=EngineLimits(**limits),
         model=A100.scaled(scale),
@@ -36,7 +42,7 @@ def add_replica(fleet: Fleet, scale: float = 1.0, queue: int | None = None, **li
         max_queued_requests=queue,
         numbers=fleet.numbers,
     )
-    return fleet.add(scheduler, RulePolicy("fcfs"))
+    return fleet.add(scheduler, policy)
 
 
 def submit(fleet: Fleet, now_s: float = 0.0, **changes: Any) -> tuple[int, int]:

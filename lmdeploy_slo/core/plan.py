@@ -17,9 +17,10 @@ DEFAULT_PLACEMENT = "slo"
 
 @dataclass(frozen=True, slots=True)
 class PlanQuality:
-    """How a plan came about, for metrics and reports; nothing is decided by it.
+    """How a plan came about, for metrics and reports; of what comes after it, placement alone looks at the last two.
 
-    price_s: what a second of engine time is worth, in requests met; None where the policy knows no such price.
+    price_s: what a second of engine time is worth, in requests met; None where the policy knows no such price. duty:
+    the share of time that prefills take by recent arrivals, None where it is not known.
     """
 
     start: str = ""  # the rule the search started from
@@ -27,6 +28,7 @@ class PlanQuality:
     score: float = 0.0
     evaluations: int = 0
     price_s: float | None = None
+    duty: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

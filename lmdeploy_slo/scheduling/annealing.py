@@ -222,7 +222,9 @@ class AnnealingPolicy:
         return Plan(
             order=waiting["handle"][order],
             send_now=len(chosen),
-            quality=PlanQuality(search.start, search.start_score, search.score, search.spent, self._price_s),
+            quality=PlanQuality(
+                search.start, search.start_score, search.score, search.spent, self._price_s, self._price.duty
+            ),
             costs=self._price_s * engine_s[order],
         )
 

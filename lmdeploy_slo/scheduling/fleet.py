@@ -82,6 +82,11 @@ class Fleet:
         """
         return self._choose(spec, now_s, bounded=True).number
 
+    def warm_up(self) -> None:
+        """Compiles what placing needs (or loads it from the cache), so that the first request is placed as fast as the
+        next; may be called in another thread."""
+        self.placement.warm_up()
+
     def note_plan(self, replica: int, plan: Plan, now_s: float) -> None:
         """A plan was applied there."""
         self.placement.planned(self._replicas[replica], plan, now_s)

@@ -1,5 +1,6 @@
 """On which of several engines a request is served: what a placement is, the table of their names, and simple rules.
 
+    slo           where it adds most to the requests expected to meet their SLO: `placement_slo`
     round-robin   each in turn
     least-loaded  the fewest requests, waiting and running
     least-work    the least engine time predicted for all requests there (rule `swf`)
@@ -34,12 +35,12 @@ class Replica:
     scheduler: Scheduler
     policy: Policy | None = None
     open: bool = True
-    _totals: dict[str, tuple[int, float]] = field(default_factory=dict)
+    _totals: dict[str, tuple[tuple[int, int], float]] = field(default_factory=dict)
 
     def total(self, name: str, of: Callable[[Replica, Rows], float]) -> float:
         """A sum over waiting and running rows, computed anew where requests have come or gone; `of` is what `name`
         always stands for."""
-        changes, value = self._totals.get(name, (-1, 0.0))
+        changes, value = self._totals.get(name, ((-1, -1), 0.0))
         if changes != self.scheduler.changes:
             changes = self.scheduler.changes
             value = sum(of(self, rows) for rows in self.scheduler.rows())
@@ -78,6 +79,10 @@ class Placement(Protocol):
         """It is gone for good."""
         ...
 
+    def warm_up(self) -> None:
+        """Compiles whatever the others need; may take seconds, and may be called in another thread."""
+        ...
+
 
 class _Rule:
     """Places once."""
@@ -91,6 +96,9 @@ class _Rule:
         return None
 
     def removed(self, replica: Replica) -> None:
+        return None
+
+    def warm_up(self) -> None:
         return None
 
 
@@ -147,8 +155,10 @@ def make_placement(name: str) -> Placement:
 
 
 def _factories() -> dict[str, Callable[[], Placement]]:
+    from lmdeploy_slo.scheduling.placement_slo import SloPlacement
+
     return {
-        "slo": lambda: Smallest("slo", outstanding_s),
+        "slo": SloPlacement,
         "round-robin": RoundRobin,
         "least-loaded": lambda: Smallest("least-loaded", lambda r: r.scheduler.held),
         "least-work": lambda: Smallest("least-work", outstanding_s),
