@@ -5,8 +5,7 @@ where something happened meanwhile: many events during one plan lead to one more
 long run, so that a burst of arrivals costs few plans rather than one each; up to `AT_ONCE` of these gaps can be saved
 up, so that an arrival now and then is planned when it comes.
 
-Where there is nothing to decide (`Planner.certain`), the request is sent first; the policy is told when the next thing
-happens, which is the engine's answer.
+Where there is nothing to decide (`Planner.certain`), the request is sent first, and the policy told a moment later.
 """
 
 from __future__ import annotations
@@ -32,6 +31,9 @@ IDLE_REPLAN_S = 0.05
 
 AT_ONCE = 4
 """So many plans may follow each other without a gap after a while without any."""
+
+CATCH_UP_S = 0.002
+"""So long after a request was sent past the policy it is told: while the engine is busy with the prompt."""
 
 
 class PlanWatcher(Protocol):
@@ -132,7 +134,7 @@ class PlanLoop:
     async def _plan_once(self) -> None:
         self._report_progress()
         snapshot = self._scheduler.snapshot(self._clock.now_s())
-        plan = self._planner.certain(snapshot)
+        plan = certain = self._planner.certain(snapshot)
         if plan is None:
             plan = await self._planner.plan(snapshot)
             if not self._open.is_set():
@@ -146,6 +148,8 @@ class PlanLoop:
             self._ask_again_after(plan.replan_after_s)
         elif not self._scheduler.statistics().running:
             self._ask_again_after(IDLE_REPLAN_S)
+        elif certain is not None:
+            self._ask_again_after(CATCH_UP_S)
         self._start_order.renew(now_s)
 
     def _ask_again_after(self, delay_s: float) -> None:
