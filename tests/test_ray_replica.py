@@ -148,6 +148,29 @@ async def test_close_ends_the_process_though_it_is_busy() -> None:
     await process_ended(pid)
 
 
+OWNER = """
+import asyncio
+from lmdeploy_slo import config, engines
+from lmdeploy_slo.clock import MonotonicClock
+async def main():
+    engine = engines.Engines(config.load(environ={}, flags={"engine.replicas": 2}), MonotonicClock()).build(0)
+    await engine.start(lambda events, at_s: None)
+    print((await engine._link._actor.hello.remote())[2], flush=True)
+    await asyncio.Event().wait()
+asyncio.run(main())
+"""
+
+
+@on_ray  # which says whether there can be one
+async def test_a_replica_ends_with_the_process_that_owns_it() -> None:
+    owner = await asyncio.create_subprocess_exec(sys.executable, "-c", OWNER, stdout=asyncio.subprocess.PIPE)
+    assert owner.stdout is not None
+    pid = int(await asyncio.wait_for(owner.stdout.readline(), WAIT_S))
+    owner.kill()
+    await owner.wait()
+    await process_ended(pid)
+
+
 # -- side by side, and slow readers -------------------------------------------
 
 
