@@ -137,6 +137,13 @@ async def test_a_process_that_hangs_is_replaced() -> None:
 
 
 @on_ray
+async def test_a_ray_of_our_own_listens_to_this_machine_alone() -> None:
+    import ray
+
+    assert [node["NodeManagerAddress"] for node in ray.nodes()] == ["127.0.0.1"]
+
+
+@on_ray
 async def test_close_ends_the_process_though_it_is_busy() -> None:
     engine, log = replica(), EventLog()
     await engine.start(log.sink)
@@ -386,7 +393,7 @@ class FakeRay:
 
 async def test_a_ray_of_our_own_is_quiet_and_ends_with_us(monkeypatch: pytest.MonkeyPatch) -> None:
     ray = FakeRay()
-    monkeypatch.setattr(ray_replica, "_ray", lambda: ray)
+    monkeypatch.setitem(sys.modules, "ray", ray) 
     cluster = RayCluster(cpus=4.5)
     await asyncio.gather(cluster.connect(), cluster.connect())
     assert len(ray.options) == 1
@@ -402,7 +409,7 @@ async def test_a_ray_of_our_own_is_quiet_and_ends_with_us(monkeypatch: pytest.Mo
 
 async def test_a_ray_of_others_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     ray = FakeRay(initialized=True)
-    monkeypatch.setattr(ray_replica, "_ray", lambda: ray)
+    monkeypatch.setitem(sys.modules, "ray", ray) 
     cluster = RayCluster("auto")
     await cluster.connect()
     await cluster.close()
@@ -420,7 +427,7 @@ async def test_a_cluster_that_cannot_be_joined(
     monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception]
 ) -> None:
     ray = FakeRay(error)
-    monkeypatch.setattr(ray_replica, "_ray", lambda: ray)
+    monkeypatch.setitem(sys.modules, "ray", ray) 
     monkeypatch.setattr(ray_replica, "_show_token", lambda: None)
     with pytest.raises(kind, match=r"Ray at head:6379: .*(mismatch: The cluster|any running)"):
         await RayCluster("head:6379").connect()

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache
 from typing import Any
 from uuid import uuid4
 
@@ -40,6 +40,9 @@ logger = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 100_000_000
 PLACE_TIMEOUT_S = 120.0
 """How long a cluster may take to give a replica its process; one that grows by demand needs minutes for a machine."""
+
+_NO_PRINTING = {"RAY_DEDUP_LOGS_SKIP_REGEX": "."}
+"""Or Ray tells on stdout of every worker that died."""
 
 _OF_A_LOCAL_RAY = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # a machine that is no part of a cluster: listens on loopback alone
@@ -93,12 +96,11 @@ class RayCluster:
         """The module ray, connected. Raises MissingExtra without it, ConfigError where the cluster runs another
         version, EngineUnavailable where it cannot be reached or started."""
         async with self._connecting:
-            ray = _ray()
-            if not ray.is_initialized():
-                keeper = _Keeper(partial(self._init, ray), ray.shutdown)
+            if sys.modules.get("ray") is None or not _ray().is_initialized():
+                keeper = _Keeper(self._init, lambda: _ray().shutdown())
                 await asyncio.wrap_future(keeper.begun)
                 self._keeper = keeper
-            return ray
+            return _ray()
 
     async def close(self) -> None:
         """Shuts Ray down where it was started or joined here. Idempotent."""
@@ -107,7 +109,7 @@ class RayCluster:
             keeper.leave.set()
             await asyncio.wrap_future(keeper.ended)
 
-    def _init(self, ray: Any) -> None:
+    def _init(self) -> None:
         options: dict[str, Any] = {"address": self.address, "log_to_driver": False, "configure_logging": False}
         if self.local:
             options |= {
@@ -118,10 +120,13 @@ class RayCluster:
             }
         where = "Ray could not be started here" if self.local else f"Ray at {self.address}"
         try:
-            with _environment(_of_a_local_ray() if self.local else {}), _quiet("ray"):
+            with _environment(_NO_PRINTING | (_of_a_local_ray() if self.local else {})), _quiet("ray"):
+                ray = _ray()
                 if not self.local:
                     _show_token()
                 ray.init(**options)
+        except MissingExtra:
+            raise
         except Exception as error:  # whatever it is, there is no Ray then
             if "ersion mismatch" in str(error):
                 raise ConfigError(f"{where}: {_one_line(error)}") from error
