@@ -30,10 +30,14 @@ def set_up_logs(
 ) -> None:
     """Logs of the whole process go to `stream` (None: stderr) from now on. The level is that of this package; of others
     DEBUG is left out. content: exceptions are told in full, whatever they quote."""
-    handler = logging.StreamHandler(stream or sys.stderr)
+    handler = _Lines(stream or sys.stderr)
     handler.setFormatter((JsonFormatter if as_json else HumanFormatter)(content=content))
     logging.basicConfig(level=max(level, logging.INFO), handlers=[handler], force=True)
     logging.getLogger("lmdeploy_slo").setLevel(level)
+
+
+class _Lines(logging.StreamHandler):  # type: ignore[type-arg] # not at run time before Python 3.11
+    """A class of its own: LMDeploy turns every plain StreamHandler of the process down to errors."""
 
 
 class HumanFormatter(logging.Formatter):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import io
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lmdeploy_slo.engine.lmdeploy_options import OWN_KEYS, Device, import_lmdeploy
+from lmdeploy_slo.observability.logs import set_up_logs
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -194,3 +197,20 @@ def test_lmdeploy_itself_has_no_sleep_in_its_native_module() -> None:
     """TurboMind.sleep exists in Python and would fail: nothing here may call it."""
     native = find("lmdeploy.turbomind.turbomind:_tm")
     assert not hasattr(native.TurboMind, "sleep")
+
+
+def test_our_log_goes_on_whatever_lmdeploy_does_to_handlers() -> None:
+    from lmdeploy.utils import get_logger
+
+    root, ours = logging.getLogger(), logging.getLogger("lmdeploy_slo")
+    before = root.handlers[:], root.level, ours.level
+    stream = io.StringIO()
+    try:
+        set_up_logs(stream=stream)
+        get_logger("lmdeploy_slo_test_of_handlers")
+        ours.info("still here")
+    finally:
+        root.handlers[:] = before[0]
+        root.setLevel(before[1])
+        ours.setLevel(before[2])
+    assert "still here" in stream.getvalue()
