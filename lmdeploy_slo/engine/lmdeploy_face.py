@@ -49,8 +49,8 @@ class LmdeployFace:
     def load(self) -> None:
         """Raises EngineUnavailable for a model whose tokenizer cannot be read."""
         options = self._options
-        import_lmdeploy(device=Device.CUDA, patched=options.patched)  # what runs it is another process's business
-        with _loading:
+        with _loading:  # replicas start side by side, and the import is to be patched once
+            import_lmdeploy(device=Device.CUDA, patched=options.patched)  # what runs it is another process's business
             try:
                 self._tokenizer = _read(
                     options.model,

@@ -66,7 +66,8 @@ class EngineHost:
         if log_level is not None:
             root = logging.getLogger()
             root.addHandler(_LogCollector(self._logs, log_level))
-            root.setLevel(log_level)
+            root.setLevel(max(log_level, logging.INFO))
+            logging.getLogger("lmdeploy_slo").setLevel(log_level)
         self._engine = self._make(clock=self._clock)
         await self._engine.start(self._on_events)
         return self._engine.info
