@@ -146,6 +146,8 @@ class AnnealingPolicy:
     """See the module. Not thread-safe; one `plan` at a time. `clock` is read only where the budget is a time."""
 
     wants_ticks = True
+    few_at_once = 2
+    fills_idle_engine = True
     name = "annealing"
 
     def __init__(
