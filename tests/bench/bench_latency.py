@@ -59,7 +59,6 @@ Measured = tuple[list[float], float]
 TEXT = "How much does a gateway add to the time until a user sees something? " * 4
 
 
-
 def request_of(text: str) -> bytes:
     return pb.GenerateRequest(
         text=text,
