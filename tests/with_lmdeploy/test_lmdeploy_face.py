@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from pathlib import Path
@@ -53,6 +55,23 @@ async def test_the_face_says_what_the_engine_says(engine: LmdeployEngine, tiny_m
             engine.submit(request, 0)
         told = [(each.field, each.description) for each in refused.value.violations]
         assert told == list(face.unsupported_fields(request, engine.info))
+
+
+SIDE_BY_SIDE = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from lmdeploy_slo.engine.lmdeploy_face import LmdeployFace
+from lmdeploy_slo.engine.lmdeploy_options import LmdeployOptions
+faces = [LmdeployFace(LmdeployOptions(sys.argv[1])) for _ in range(4)]
+with ThreadPoolExecutor(len(faces)) as threads:
+    list(threads.map(LmdeployFace.load, faces))
+assert len({id(face.tokenizer) for face in faces}) == 1
+"""
+
+
+def test_replicas_that_start_side_by_side_read_their_model_once(tiny_model: Path) -> None:
+    """In a process that has not imported LMDeploy yet."""
+    subprocess.run([sys.executable, "-c", SIDE_BY_SIDE, str(tiny_model)], check=True, timeout=100)
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
