@@ -177,6 +177,20 @@ def test_the_command_compare(
     assert "difference to fcfs at 64" in " ".join(capsys.readouterr().out.split())
 
 
+def test_placements_are_compared(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, trace: str
+) -> None:
+    out = tmp_path / "out.json"
+    placements = ("--placement", "slo,round-robin", "--profile", "a100-qwen2.5-7b,h200-qwen2.5-7b")
+    arguments = ("--policy", "fcfs", "--speedup", "9", "--seeds", "1", "--limit", "60", "--slo", "default=ttft:500")
+    more = ("--jobs", "1", "--json", str(out), "--baseline", "fcfs/round-robin")
+    assert call(monkeypatch, "compare", trace, *arguments, *placements, *more) == 0
+    runs = json.loads(out.read_text())["runs"]
+    assert [(run["placement"], len(run["by_instance"])) for run in runs] == [("slo", 2), ("round-robin", 2)]
+    assert [one["requests"] for one in runs[1]["by_instance"]] == [30, 30]
+    assert "difference to fcfs/round-robin at 256" in " ".join(capsys.readouterr().out.split())
+
+
 # -- capacity -------------------------------------------------------------------------------------------------------
 
 

@@ -173,6 +173,48 @@ def test_more_instances_and_kv_memory_help(monkeypatch: pytest.MonkeyPatch, tmp_
     assert mean_e2e_ms("--instances", "4") < mean_e2e_ms() < mean_e2e_ms("--kv-tokens", "9000")
 
 
+def test_a_fleet_of_different_engines_is_named_by_profiles(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, trace: str
+) -> None:
+    def run(*more: str) -> dict[str, Any]:
+        out = tmp_path / "out.json"
+        assert call(monkeypatch, "simulate", trace, *SLOS, "--speedup", "8", *more, "--json", str(out)) == 0
+        return runs_of(out)[0]
+
+    mixed = run("--profile", "a100-qwen2.5-7b,h200-qwen2.5-7b*2@90000", "--placement", "least-work")
+    assert mixed["placement"] == "least-work"
+    assert [one["profile"] for one in mixed["by_instance"]] == ["a100-qwen2.5-7b", *["h200-qwen2.5-7b"] * 2]
+    assert sum(one["requests"] for one in mixed["by_instance"]) == 80
+    assert sum(one["met"] for one in mixed["by_instance"]) == mixed["met"]
+    told = capsys.readouterr().out
+    assert "1 instances of a100-qwen2.5-7b" in told
+    assert "2 instances of h200-qwen2.5-7b" in told
+    repeated = run("--profile", "a100-qwen2.5-7b,h200-qwen2.5-7b", "--instances", "3")
+    assert [one["profile"][:4] for one in repeated["by_instance"]] == ["a100", "h200", "a100"]
+    assert "by_instance" not in run()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("--profile", "a100-qwen2.5-7b*0"), "NAME*N@KV is expected"),
+        (("--profile", "a100-qwen2.5-7b*two"), "NAME*N@KV is expected"),
+        (("--profile", "a100-qwen2.5-7b,"), "NAME*N@KV is expected"),
+        (("--profile", "a100-qwen2.5-7b*3", "--planner-profile", "h200-qwen2.5-7b*2"), "names 2 engines, --profile 3"),
+        (("--placement", "nearest"), "placement: 'nearest' is unknown; choose one of slo, round-robin"),
+    ],
+)
+def test_a_fleet_that_cannot_be_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    trace: str,
+    arguments: tuple[str, ...],
+    text: str,
+) -> None:
+    assert call(monkeypatch, "simulate", trace, *arguments) != 0
+    assert text in " ".join(capsys.readouterr().err.split())
+
+
 def test_prefix_cache_hits_are_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lmdeploy_slo.cli import simulation_options as options
-from lmdeploy_slo.core.plan import DEFAULT_PATIENCE
+from lmdeploy_slo.core.plan import DEFAULT_PATIENCE, DEFAULT_PLACEMENT
 from lmdeploy_slo.errors import ConfigError
 from lmdeploy_slo.offline.capacity import Capacity, Question, Vary, find_capacity
 from lmdeploy_slo.offline.experiment import Load
@@ -34,7 +34,8 @@ def capacity(
     ] = Vary.SPEEDUP,
     tolerance: Annotated[float, typer.Option(help="Of the speedup, relative: where the bisection stops.")] = 0.02,
     speedup: Annotated[float, typer.Option(help="Divides all arrival times; with --vary instances.")] = 1.0,
-    instances: options.Instances = 1,
+    instances: options.Instances = None,
+    placement: options.Placement = DEFAULT_PLACEMENT,
     seeds: Annotated[int, typer.Option(metavar="N", min=1, help="Attainment is the mean over so many seeds.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="The first of the seeds, of the hints and of the policies.")] = 0,
     limit: options.Limit = None,
@@ -78,6 +79,7 @@ def capacity(
         prefix_cache_tokens=prefix_cache_tokens,
         plan_evaluations=plan_evaluations,
         patience=patience,
+        placement=placement,
         plan_latency_ms=plan_latency_ms,
     )
     check_writable([json_out])

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lmdeploy_slo.cli import simulation_options as options
-from lmdeploy_slo.core.plan import DEFAULT_PATIENCE
+from lmdeploy_slo.core.plan import DEFAULT_PATIENCE, DEFAULT_PLACEMENT
 from lmdeploy_slo.errors import ConfigError
 from lmdeploy_slo.offline.compare import (
     ATTAINMENT,
@@ -30,6 +30,7 @@ from lmdeploy_slo.offline.results import check_writable, write_results
 from lmdeploy_slo.offline.simulator import PLAN_EVALUATIONS, PLAN_LATENCY_S
 from lmdeploy_slo.offline.slo_grammar import parse_slo_options
 from lmdeploy_slo.offline.workload import check_slo_tasks
+from lmdeploy_slo.scheduling.placement import placement_names
 
 _DEFAULTS = options.DEFAULTS
 
@@ -51,7 +52,9 @@ def compare(
     seed: Annotated[int, typer.Option(min=0, help="The first of the seeds, of the hints and of the policies.")] = 0,
     baseline: Annotated[
         str | None,
-        typer.Option(metavar="P[@B]", help="What the others are compared with; default: the first policy and cap."),
+        typer.Option(
+            metavar="P[/L][@B]", help="What the others are compared with; default: the first policy, placement and cap."
+        ),
     ] = None,
     best_cap: Annotated[
         bool, typer.Option("--best-cap", help="Show each policy at the cap with its best attainment, column by column.")
@@ -63,7 +66,10 @@ def compare(
     max_prefill_tokens: options.MaxPrefillTokens = _DEFAULTS.engine.max_prefill_tokens,
     kv_tokens: options.KvTokens = _DEFAULTS.engine.kv_tokens,
     prefix_cache_tokens: options.PrefixCacheTokens = None,
-    instances: options.Instances = 1,
+    instances: options.Instances = None,
+    placement: Annotated[
+        str, typer.Option(metavar="L[,L...]", help=f"On which of several instances: {', '.join(placement_names())}.")
+    ] = DEFAULT_PLACEMENT,
     length_noise: options.LengthNoise = None,
     length_bias: options.LengthBias = 1.0,
     planner_profile: options.PlannerProfile = None,
@@ -78,15 +84,17 @@ def compare(
     ] = None,
     traces_folder: options.TracesFolder = None,
 ) -> None:
-    """Simulate every combination of traces, speedups, policies, in-flight caps and seeds, and compare.
+    """Simulate every combination of traces, speedups, policies, placements, in-flight caps and seeds, and compare.
 
     The table has attainment and mean E2E, each a mean over the seeds; * marks the best of its column. Beside it stands
     the difference to the baseline (in points, and as a factor), paired by seed, with its 95 % confidence interval.
     """
     policies = options.split_policies(policy)
+    placements = options.split_placements(placement)
+    several = placements if len(placements) > 1 else [None]
     caps = options.split_list("--max-batch-size", max_batch_size, int)
     grid = Grid(
-        [Contender(name, cap) for name in policies for cap in caps],
+        [Contender(name, cap, where) for name in policies for where in several for cap in caps],
         [Column(name, factor) for name in traces for factor in options.split_list("--speedup", speedup, float)],
         range(seed, seed + seeds),
     )
@@ -103,6 +111,7 @@ def compare(
         prefix_cache_tokens=prefix_cache_tokens,
         plan_evaluations=plan_evaluations,
         patience=patience,
+        placement=placements[0],
         plan_latency_ms=plan_latency_ms,
     )
     check_writable([json_out])
@@ -117,15 +126,15 @@ def compare(
 
 
 def find_contender(text: str | None, contenders: Sequence[Contender]) -> Contender:
-    """`P` or `P@B` among the contenders, the first where there is no text; raises ConfigError."""
+    """`P`, `P@B`, `P/L` or `P/L@B` among the contenders, the first where there is no text; raises ConfigError."""
     if text is None:
         return contenders[0]
-    policy, _, cap = text.partition("@")
+    name, _, cap = text.partition("@")
     for contender in contenders:
-        if contender.policy == policy and (not cap or str(contender.max_batch_size) == cap):
+        if name in (contender.policy, contender.name) and (not cap or str(contender.max_batch_size) == cap):
             return contender
     raise ConfigError(
-        f"--baseline: {text!r} is none of {', '.join(f'{c.policy}@{c.max_batch_size}' for c in contenders)}"
+        f"--baseline: {text!r} is none of {', '.join(f'{c.name}@{c.max_batch_size}' for c in contenders)}"
     )
 
 
@@ -144,7 +153,7 @@ def comparison_table(comparison: Comparison, baseline: Contender, *, best_cap: b
         table.add_column(f"{name}x{column.speedup:g}")
     lines: dict[str, list[Contender]] = {}
     for contender in grid.contenders:
-        lines.setdefault(contender.policy if best_cap else str(contender), []).append(contender)
+        lines.setdefault(contender.name if best_cap else str(contender), []).append(contender)
     for label, contenders in lines.items():
         cells = []
         for column in grid.columns:

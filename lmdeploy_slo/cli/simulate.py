@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lmdeploy_slo import __version__
 from lmdeploy_slo.cli import simulation_options as options
 from lmdeploy_slo.clock import MonotonicClock
-from lmdeploy_slo.core.plan import DEFAULT_PATIENCE
+from lmdeploy_slo.core.plan import DEFAULT_PATIENCE, DEFAULT_PLACEMENT
 from lmdeploy_slo.offline.experiment import Load, Outcome, run_once
 from lmdeploy_slo.offline.report import runs_table
 from lmdeploy_slo.offline.results import check_writable, write_requests, write_results
@@ -42,7 +42,8 @@ def simulate(
     max_prefill_tokens: options.MaxPrefillTokens = _DEFAULTS.engine.max_prefill_tokens,
     kv_tokens: options.KvTokens = _DEFAULTS.engine.kv_tokens,
     prefix_cache_tokens: options.PrefixCacheTokens = None,
-    instances: options.Instances = 1,
+    instances: options.Instances = None,
+    placement: options.Placement = DEFAULT_PLACEMENT,
     length_noise: options.LengthNoise = None,
     length_bias: options.LengthBias = 1.0,
     length_predictor: options.LengthPredictorName = _DEFAULTS.scheduler.length_predictor,
@@ -93,6 +94,7 @@ def simulate(
         prefix_cache_tokens=prefix_cache_tokens,
         plan_evaluations=plan_evaluations,
         patience=patience,
+        placement=placement,
         plan_latency_ms=plan_latency_ms,
         calibrate=calibrate,
         drift=options.read_drift(drift_at, drift_scale, told=drift_told),
@@ -138,8 +140,10 @@ def simulate(
     for text in remarks:
         console.print(text, markup=False, highlight=False)
     for (name, factor), outcome in zip(runs, outcomes, strict=True):
+        for text in _by_kind(outcome.run.get("by_instance", ())):
+            console.print(f"{name} x{factor:g}: {text}", markup=False, highlight=False, soft_wrap=True)
         for number, text in enumerate(_forecasts(outcome, drifted=fleet.drift is not None)):
-            instance = f" instance {number}" if instances > 1 else ""
+            instance = f" instance {number}" if fleet.instances > 1 else ""
             console.print(f"{name} x{factor:g}{instance}: {text}", markup=False, highlight=False, soft_wrap=True)
     if report is not None:
         settings = {
@@ -148,7 +152,8 @@ def simulate(
             "SLOs": " ".join(slo or []) or "none",
             "SLO scale": f"{slo_scale:g}",
             "profile": profile,
-            "instances": f"{instances}",
+            "instances": f"{fleet.instances}",
+            "placement": placement if fleet.instances > 1 else "none",
             "in flight per instance": f"{max_batch_size}",
             "prompt tokens per step": f"{max_prefill_tokens}",
             "KV cache, tokens": "unlimited" if kv_tokens is None else f"{kv_tokens:,}",
@@ -226,6 +231,7 @@ def _remark(outcome: Outcome, elapsed_s: float) -> str:
         f"simulated in {elapsed_s:.1f} s",
         f"{outcome.plans:,} plans",
         f"{outcome.evaluations:,} evaluations" if outcome.evaluations else "",
+        f"{outcome.moves:,} moves between instances" if outcome.moves else "",
         f"{outcome.evictions:,} evictions" if outcome.evictions else "",
         "" if outcome.prefix_hit_ratio is None else f"{outcome.prefix_hit_ratio:.1%} of prompt tokens cached",
         ""
@@ -233,6 +239,16 @@ def _remark(outcome: Outcome, elapsed_s: float) -> str:
         else f"expected to within {outcome.prefix_error_tokens:,.0f} tokens a prompt",
     )
     return ", ".join(part for part in parts if part)
+
+
+def _by_kind(instances: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What the instances of each kind did."""
+    for kind in dict.fromkeys(one["profile"] for one in instances):
+        of_kind = [one for one in instances if one["profile"] == kind]
+        attained = [one["slo_attainment"] for one in of_kind if one["slo_attainment"] is not None]
+        requests = sum(one["requests"] for one in of_kind) / len(of_kind)
+        shares = f", attainment {min(attained):.3f} to {max(attained):.3f}" if attained else ""
+        yield f"{len(of_kind)} instances{f' of {kind}' if kind else ''}: {requests:,.0f} requests each{shares}"
 
 
 def _forecasts(outcome: Outcome, *, drifted: bool) -> Iterator[str]:

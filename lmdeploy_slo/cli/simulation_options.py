@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,18 +14,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lmdeploy_slo.cli.replay import find_traces
 from lmdeploy_slo.config import ENV_TRACES_DIR, Config, traces_dir
-from lmdeploy_slo.core.plan import DEFAULT_PATIENCE
+from lmdeploy_slo.core.plan import DEFAULT_PATIENCE, DEFAULT_PLACEMENT
 from lmdeploy_slo.core.snapshot import EngineLimits
 from lmdeploy_slo.errors import ConfigError
 from lmdeploy_slo.offline.experiment import Fleet
 from lmdeploy_slo.offline.simulation.drift import Drift
+from lmdeploy_slo.offline.simulator import EngineKind
 from lmdeploy_slo.offline.traces import TraceRow, read_traces
 from lmdeploy_slo.prediction.length_predictors import LENGTH_PREDICTORS
 from lmdeploy_slo.prediction.profiles import load_profile
+from lmdeploy_slo.scheduling.placement import make_placement, placement_names
 from lmdeploy_slo.scheduling.policy import policy_names
 
 DEFAULTS = Config()
 _LEARNED = DEFAULTS.scheduler.length_predictor
+
+_ENGINE = re.compile(r"([^*@]+)(?:\*(\d{1,6}))?(?:@(\d{1,12}))?")
 
 COEFFICIENTS = ("c0", "p1", "p2", "d1", "d2")
 
@@ -77,7 +82,14 @@ LengthPredictorName = Annotated[
     ),
 ]
 LengthBias = Annotated[float, typer.Option(help="Multiplies the hints; with --length-noise.")]
-Profile = Annotated[str, typer.Option(metavar="NAME|FILE", help="Step-model profile of the engine.")]
+Profile = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME|FILE[*N][@KV],...",
+        help="Step-model profile of the engine. Several make a fleet of different engines: *N for so many of one, @KV "
+        "for its KV cache in tokens where it is not --kv-tokens. More instances than are named take them in turn.",
+    ),
+]
 MaxBatchSize = Annotated[int, typer.Option(metavar="B", min=1, help="Requests in flight per instance, at most.")]
 MaxPrefillTokens = Annotated[int, typer.Option(metavar="M", min=1, help="Prompt tokens per forward pass, at most.")]
 KvTokens = Annotated[
@@ -93,11 +105,18 @@ PrefixCacheTokens = Annotated[
     ),
 ]
 Instances = Annotated[
-    int, typer.Option(metavar="I", min=1, help="Engines; a request goes to the one with the least outstanding work.")
+    int | None, typer.Option(metavar="I", min=1, help="Engines; default: as many as --profile names.")
+]
+Placement = Annotated[
+    str,
+    typer.Option(metavar="|".join(placement_names()), help="On which of several instances a request is served."),
 ]
 PlannerProfile = Annotated[
     str | None,
-    typer.Option(metavar="NAME|FILE", help="What the planner believes of the engine; default: the truth."),
+    typer.Option(
+        metavar="NAME|FILE[*N],...",
+        help="What the planner believes of the engine, or of each that --profile names; default: the truth.",
+    ),
 ]
 PlannerScale = Annotated[float, typer.Option(metavar="X", help="Multiplies the coefficients the planner believes.")]
 Calibrate = Annotated[
@@ -151,7 +170,7 @@ def build_fleet(
     max_batch_size: int,
     max_prefill_tokens: int,
     kv_tokens: int | None,
-    instances: int,
+    instances: int | None,
     prefix_cache_tokens: int | None,
     plan_evaluations: int,
     plan_latency_ms: float,
@@ -159,20 +178,22 @@ def build_fleet(
     calibrate: bool = False,
     drift: Drift | None = None,
     length_predictor: str = _LEARNED,
+    placement: str = DEFAULT_PLACEMENT,
 ) -> Fleet:
     """The engines the options describe; raises ConfigError."""
     if length_predictor not in LENGTH_PREDICTORS:
         known = ", ".join(LENGTH_PREDICTORS)
         raise ConfigError(f"--length-predictor: {length_predictor!r} is unknown; choose one of {known}")
-    model = load_profile(profile).step_model
-    believed = model if planner_profile is None else load_profile(planner_profile).step_model
+    make_placement(placement)  # raises for an unknown name
     if not 0 < planner_scale < float("inf"):
         raise ConfigError(f"--planner-scale: must be a positive number, got {planner_scale}")
+    kinds = read_engines(profile, planner_profile, planner_scale)
+    first = kinds[0]
     return Fleet(
-        model=model,
-        planner_model=believed if planner_scale == 1 else believed.scaled(planner_scale),
+        model=first.model,
+        planner_model=first.planner_model,
         limits=EngineLimits(max_batch_size, max_prefill_tokens, kv_tokens),
-        instances=instances,
+        instances=instances or len(kinds),
         prefix_cache_tokens=prefix_cache_tokens,
         plan_evaluations=plan_evaluations,
         plan_latency_s=plan_latency_ms / 1e3,
@@ -180,7 +201,41 @@ def build_fleet(
         calibrate=calibrate,
         drift=drift,
         length_predictor=length_predictor,
+        mixed=tuple(kinds) if len(kinds) > 1 or first.kv_tokens is not None else (),
+        placement=placement,
     )
+
+
+def read_engines(profile: str, planner_profile: str | None, planner_scale: float) -> list[EngineKind]:
+    """The engines that `--profile` names, one entry each, and what is believed of them; raises ConfigError."""
+    named = _named_engines("--profile", profile)
+    believed = named
+    if planner_profile is not None:
+        believed = _named_engines("--planner-profile", planner_profile)
+        if len(believed) == 1:
+            believed *= len(named)
+        if len(believed) != len(named):
+            raise ConfigError(
+                f"--planner-profile: names {len(believed)} engines, --profile {len(named)}: name one, or one for each"
+            )
+    models = {name: load_profile(name).step_model for name, _ in [*named, *believed]}
+    kinds = []
+    for (name, kv_tokens), (belief, _) in zip(named, believed, strict=True):
+        planner_model = models[belief] if planner_scale == 1 else models[belief].scaled(planner_scale)
+        kinds.append(EngineKind(models[name], planner_model, kv_tokens, name))
+    return kinds
+
+
+def _named_engines(option: str, text: str) -> list[tuple[str, int | None]]:
+    """(profile, KV tokens) of each engine in `NAME[*N][@KV],...`."""
+    engines: list[tuple[str, int | None]] = []
+    for part in text.split(","):
+        match = _ENGINE.fullmatch(part.strip())
+        count, kv_tokens = (match[2], match[3]) if match else ("0", None)
+        if match is None or count == "0" or kv_tokens == "0":
+            raise ConfigError(f"{option}: NAME, NAME*N or NAME*N@KV is expected, got {part.strip()!r} in {text!r}")
+        engines += [(match[1], None if kv_tokens is None else int(kv_tokens))] * int(count or 1)
+    return engines
 
 
 def read_drift(at_s: float | None, scale: str, *, told: bool) -> Drift | None:
@@ -215,6 +270,14 @@ def split_list(option: str, text: str, convert: Callable[[str], T]) -> list[T]:
             raise ConfigError(f"{option}: {part.strip()} is named twice")
         values.append(value)
     return values
+
+
+def split_placements(text: str) -> list[str]:
+    """Placements of `A,B,...`; raises ConfigError, listing the names, for an unknown one."""
+    names = split_list("--placement", text, str)
+    for name in names:
+        make_placement(name)
+    return names
 
 
 def split_policies(text: str) -> list[str]:

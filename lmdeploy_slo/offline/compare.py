@@ -1,4 +1,4 @@
-"""Many simulated runs side by side: traces x speedups x policies x in-flight caps x seeds.
+"""Many simulated runs side by side: traces x speedups x policies x placements x in-flight caps x seeds.
 
 Two contenders are compared in pairs: under one seed they get the same requests at the same instants with the same
 length hints, so the difference between them is taken seed by seed, and its confidence interval is that of the mean of
@@ -21,13 +21,19 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """A policy with an in-flight cap."""
+    """A policy with an in-flight cap and, where placements are compared, one of these."""
 
     policy: str
     max_batch_size: int
+    placement: str | None = None  # None: the fleet's
 
     def __str__(self) -> str:
-        return f"{self.policy} at {self.max_batch_size}"
+        return f"{self.name} at {self.max_batch_size}"
+
+    @property
+    def name(self) -> str:
+        """Without the cap."""
+        return self.policy if self.placement is None else f"{self.policy}/{self.placement}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +67,11 @@ class Grid:
             Job(
                 column.trace,
                 replace(load, speedup=column.speedup),
-                replace(fleet, limits=replace(fleet.limits, max_batch_size=contender.max_batch_size)),
+                replace(
+                    fleet,
+                    limits=replace(fleet.limits, max_batch_size=contender.max_batch_size),
+                    placement=contender.placement or fleet.placement,
+                ),
                 contender.policy,
                 seed,
             )

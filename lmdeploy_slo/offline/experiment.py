@@ -63,7 +63,7 @@ class Fleet:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a run. run: as in a result file; the rest is for people.
+    """What came of a run. run: as in a result file, of several instances with what each did; the rest is for people.
 
     calibrations: of each instance, where forecasts were watched. recoveries: beside them, the requests that finished
     after the drift until forecasts were right to 5 % and stayed so; None where they never were, or nothing drifted.
@@ -131,8 +131,11 @@ def run_once(
         placement=fleet.placement,
     )
     records = simulator.run(simulated_requests(offered_requests(rows, load, seed)), on_progress)
+    run = summarize(records, policy=simulator.instances[0].policy.name, speedup=load.speedup, seed=seed)
+    if fleet.instances > 1:
+        run |= {"placement": fleet.placement, "by_instance": simulator.by_instance()}
     return Outcome(
-        summarize(records, policy=simulator.instances[0].policy.name, speedup=load.speedup, seed=seed),
+        run,
         records,
         simulator.plans,
         simulator.evaluations,

@@ -15,6 +15,7 @@ import heapq
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from lmdeploy_slo.core.latency_model import StepModel
 from lmdeploy_slo.core.metrics import RequestRecord
@@ -98,7 +99,7 @@ class Simulator:
         self.fleet = Fleet(make_placement(placement) if isinstance(placement, str) else placement)
         self.moves = 0  # of waiting requests, from one instance to another
         self.instances: list[Instance] = []
-        kinds = list(mixed) or [EngineKind(model, planner_model or model)]
+        self._kinds = kinds = list(mixed) or [EngineKind(model, planner_model or model)]
         for number in range(instances):
             kind = kinds[number % len(kinds)]
             of_kind = limits if kind.kv_tokens is None else replace(limits, kv_tokens=kind.kv_tokens)
@@ -127,6 +128,19 @@ class Simulator:
         self._due: list[tuple[float, int]] = []  # (instant, instance): heap, some entries outdated
         self._arrived_at: list[int] = []  # instances at which somebody arrived now
         self.now_s = -NEVER_S
+
+    def by_instance(self) -> list[dict[str, Any]]:
+        """What each instance did, as in a result file."""
+        return [
+            {
+                "profile": self._kinds[number % len(self._kinds)].name,
+                "requests": instance.ended,
+                "with_slo": instance.with_slo,
+                "met": instance.met,
+                "slo_attainment": instance.met / instance.with_slo if instance.with_slo else None,
+            }
+            for number, instance in enumerate(self.instances)
+        ]
 
     @property
     def plans(self) -> int:

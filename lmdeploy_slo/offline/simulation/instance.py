@@ -86,6 +86,7 @@ class Instance:
         self.prefix_cache = prefix_cache
         self.plans = 0
         self.evaluations = 0
+        self.ended = self.with_slo = self.met = 0  # requests
         self.next_event_s = NEVER_S
         self._records = records
         self._on_plan = on_plan
@@ -413,6 +414,9 @@ class Instance:
     ) -> None:
         timing.ended_at_s = now_s
         spec = request.spec
-        self._records.append(
-            RequestRecord(spec.request_id, spec.task_type, spec.prompt_tokens, spec.slo, timing, status, predicted)
-        )
+        record = RequestRecord(spec.request_id, spec.task_type, spec.prompt_tokens, spec.slo, timing, status, predicted)
+        self._records.append(record)
+        met = record.slo_met
+        self.ended += 1
+        self.with_slo += met is not None
+        self.met += met is True
