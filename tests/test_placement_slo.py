@@ -221,13 +221,18 @@ def test_replicas_come_and_go_and_batches_grow() -> None:
 
 
 def test_looks_are_bounded_and_the_cheapest_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placement_slo, "LOOKS", 1)
-    fleet = make_fleet("slo")
+    """Two in one go at least, and the next time those that were left out."""
+    monkeypatch.setattr(placement_slo, "WEIGHED", 1)
+    fleet = make_fleet("slo", replicas=0)
+    for _ in range(2):
+        add_replica(fleet, policy=None)
     fleet.close(1)
-    handles = [submit(fleet, slo=CHAT, prompt_tokens=tokens)[1] for tokens in (900, 300)]
+    handles = [submit(fleet, slo=CHAT, prompt_tokens=tokens)[1] for tokens in (900, 300, 100, 600)]
     fleet.open(1)
     note(fleet, 0, now_s=0.1)
-    assert [move.handle for move in fleet.rebalance(0.2)] == [handles[1]]
+    assert [move.handle for move in fleet.rebalance(0.2)] == [handles[2], handles[1]]
+    assert fleet.rebalance(0.2) == []  # too soon
+    assert [move.handle for move in fleet.rebalance(0.3)] == [handles[3], handles[0]]
 
 
 def test_equal_histories_give_equal_places() -> None:
