@@ -290,7 +290,7 @@ def test_no_other_module_reads_the_environment() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "environb"):
                 readers.append(path.name)
-    assert set(readers) <= {"config.py"}
+    assert set(readers) <= {"config.py", "ray_replica.py"}  # the latter sets what Ray and its processes read
 
 
 # -- replicas on Ray ----------------------------------------------------------

@@ -393,7 +393,7 @@ class FakeRay:
 
 async def test_a_ray_of_our_own_is_quiet_and_ends_with_us(monkeypatch: pytest.MonkeyPatch) -> None:
     ray = FakeRay()
-    monkeypatch.setitem(sys.modules, "ray", ray) 
+    monkeypatch.setitem(sys.modules, "ray", ray)
     cluster = RayCluster(cpus=4.5)
     await asyncio.gather(cluster.connect(), cluster.connect())
     assert len(ray.options) == 1
@@ -409,11 +409,25 @@ async def test_a_ray_of_our_own_is_quiet_and_ends_with_us(monkeypatch: pytest.Mo
 
 async def test_a_ray_of_others_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     ray = FakeRay(initialized=True)
-    monkeypatch.setitem(sys.modules, "ray", ray) 
+    monkeypatch.setitem(sys.modules, "ray", ray)
     cluster = RayCluster("auto")
     await cluster.connect()
     await cluster.close()
     assert (ray.options, ray.shutdowns) == ([], 0)
+
+
+async def test_a_ray_that_does_not_shut_down_holds_nothing_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Stubborn(FakeRay):
+        def shutdown(self) -> None:
+            raise RuntimeError("not now")
+
+    monkeypatch.setitem(sys.modules, "ray", Stubborn())
+    cluster = RayCluster()
+    await cluster.connect()
+    await cluster.close()
+    assert "could not be shut down" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -427,7 +441,7 @@ async def test_a_cluster_that_cannot_be_joined(
     monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception]
 ) -> None:
     ray = FakeRay(error)
-    monkeypatch.setitem(sys.modules, "ray", ray) 
+    monkeypatch.setitem(sys.modules, "ray", ray)
     monkeypatch.setattr(ray_replica, "_show_token", lambda: None)
     with pytest.raises(kind, match=r"Ray at head:6379: .*(mismatch: The cluster|any running)"):
         await RayCluster("head:6379").connect()

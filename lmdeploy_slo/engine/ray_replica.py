@@ -107,7 +107,10 @@ class RayCluster:
         keeper, self._keeper = self._keeper, None
         if keeper is not None:
             keeper.leave.set()
-            await asyncio.wrap_future(keeper.ended)
+            try:
+                await asyncio.wrap_future(keeper.ended)
+            except Exception:  # its processes end with this one in any case
+                logger.exception("Ray could not be shut down")
 
     def _init(self) -> None:
         options: dict[str, Any] = {"address": self.address, "log_to_driver": False, "configure_logging": False}
