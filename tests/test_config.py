@@ -126,7 +126,8 @@ def test_what_lmdeploy_alone_reads_is_not_ignored_by_the_emulated_engine(key: st
         ("[engines]\nkind = 'emulated'", "engines is unknown; did you mean engine?"),
         (
             "port = 3",
-            "port is unknown (known: server, engine, scheduler, autoscale, stream, limits, security, observability, tasks)",
+            "port is unknown (known: server, engine, scheduler, autoscale, stream, limits, security, observability, "
+            "tasks)",
         ),
         ("[tasks.chat]\nttft = 3", "tasks.chat.ttft is unknown; did you mean ttft_ms?"),
         ("[tasks.chat]", "tasks.chat = {}: at least one of ttft_ms, tpot_ms and e2e_ms is needed"),
