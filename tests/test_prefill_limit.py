@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmdeploy_slo.engines import build_engine
 from lmdeploy_slo.clock import VirtualClock
 from lmdeploy_slo.config import load
 from lmdeploy_slo.core.latency_model import StepModel
 from lmdeploy_slo.engine.prefill_limit import SMALLEST_LIMIT, prefill_token_limit
+from lmdeploy_slo.engines import build_engine
 from lmdeploy_slo.testing.builders import A100
 
 
