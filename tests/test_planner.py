@@ -99,6 +99,7 @@ def test_a_policy_that_says_it_fills_an_idle_engine_does(name: str) -> None:
             snapshot = make_snapshot([{"ttft_s": ttft_s}], limits=limits)
             assert make_policy(name).plan(snapshot).send_now == 1
 
+
 def test_the_default_policy_plans_few_at_once_and_fills_an_idle_engine() -> None:
     policy = make_policy(policy_names()[0])
     assert few_at_once(policy) >= 1
