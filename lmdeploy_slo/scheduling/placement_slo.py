@@ -35,7 +35,7 @@ from lmdeploy_slo.scheduling.annealing_arrays import QUANTILES
 from lmdeploy_slo.scheduling.placement import Proposal, Replica, outstanding_s
 from lmdeploy_slo.scheduling.scheduler import Scheduler
 
-LEAST_GAIN = 0.1
+LEAST_GAIN = 0.3
 """Of its worth: a request that adds less at a replica would not be sent there now."""
 
 GRAIN = 0.05
