@@ -18,7 +18,7 @@ SEED ?= 1
 SECONDS ?= 60
 FUZZ_READY := .venv-fuzz/.ready
 
-.PHONY: demo test test-fast test-nightly test-interop fuzz fuzz-guided test-faults test-lmdeploy test-gpu bench-planner bench-paper plot-planner lint format types proto wheel lock locked dependencies audit clean bench-lengths
+.PHONY: demo test test-fast test-nightly test-interop fuzz fuzz-guided test-faults test-lmdeploy test-gpu bench-planner bench-paper bench-placement plot-planner lint format types proto wheel lock locked dependencies audit clean bench-lengths
 
 # A generated workload, FCFS and annealing side by side.
 demo: $(READY)
@@ -72,6 +72,10 @@ bench-planner: $(READY)
 # The paper's own setting, FCFS and annealing in every cell: make bench-paper BENCH="--seeds 3 --markdown FILE"
 bench-paper: $(READY)
 	$(BIN)/python tests/bench/bench_paper.py $(BENCH)
+
+# Which engine serves a request, on several fleets: make bench-placement BENCH="--only table --traces DIR"
+bench-placement: $(READY)
+	$(BIN)/python tests/bench/bench_placement.py $(BENCH)
 
 # The README's plot, from figures that bench-planner wrote.
 plot-planner: $(READY)

@@ -103,7 +103,7 @@ def main() -> None:
     if "cost" in options.only:
         measure_cost(rows)
     if "minutes" in options.only:
-        made = generate_workload(280_000)
+        made = generate_workload(140_000)
         span_s = made[-1].arrival_s - made[0].arrival_s
         begun_s = time.perf_counter()
         outcome, cpu_s = simulate(made, EQUAL, 64, span_s / 600.0, "slo", limit=None)
