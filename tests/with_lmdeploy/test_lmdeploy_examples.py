@@ -13,7 +13,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples" / "with_lmdeploy"
 SHOWS = {
     "01_pipeline.py": r"Summarise this\. +SLO met: (True|False), \d+ tokens in \d+ ms\n"
     r"(.|\n)*Write a long story\. +SLO met: None(.|\n)*\nSLO met: (True|False)\n",
-    "02_openai_client.py": r"serving on .*HTTP on 127\.0\.0\.1:\d+\)\n'.+'\n.+\n",
+    "02_openai_client.py": r"serving on .*HTTP on 127\.0\.0\.1:\d+\)\n(['\"]).+\1\n.+\n",
 }
 
 
