@@ -185,6 +185,8 @@ class Runtime:
 
     async def start(self) -> None:
         """Ready for requests when it returns: policies compiled, engines up. Raises what any of them raises."""
+        if self._resumes:  # there may be several, among which requests are placed on the loop
+            await asyncio.get_running_loop().run_in_executor(self._executor, self._pool.fleet.warm_up)
         await asyncio.gather(*(replica.start() for replica in self.replicas.values()))
         self._started = True
         self._was_serving = True
