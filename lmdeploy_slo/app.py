@@ -269,6 +269,7 @@ def gateway_options(config: Config) -> GatewayOptions:
         default_queue_timeout_s=None if timeout_ms is None else seconds_of(timeout_ms),
         task_slos={name: task.slo for name, task in config.tasks.items()},
         max_queued_requests=config.scheduler.max_queued_requests,
+        strangers_scale=is_loopback(config.server.host),
         max_message_bytes=config.server.max_message_bytes,
         version=__version__,
         versions=_versions(),

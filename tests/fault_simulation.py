@@ -346,7 +346,7 @@ class Run:
         assert not tasks, f"tasks are left: {tasks}"
         self.outcome.ends.update({status.value: count for status, count in load.ended.items() if count})
         self.outcome.retried, self.outcome.restarts = load.retried, load.engine_restarts
-        self.outcome.lost = runtime.recovery.lost.is_set()
+        self.outcome.lost = runtime.lost.is_set()
         if not self.outcome.faults.total():
             assert load.ended[EndStatus.FAILED] == 0
         self.say(f"end {sorted(self.outcome.ends.items())}")

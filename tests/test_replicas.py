@@ -375,3 +375,117 @@ def test_synthetic_output_goes_on_where_it_ended(tokens: int, done: int, prompt:
     told = synthesize(rest, max_tokens=1000 - done, seed=1)
     assert [TOKEN_IDS[(told.start + k) % len(TEXTS)][0] for k in range(told.tokens)] == ids[done:]
     assert told.end is answer.end
+
+
+# -- failures that meet -------------------------------------------------------
+
+
+@bench()
+async def test_the_other_one_dies_while_one_is_taken_away(bench: Bench) -> None:
+    """The one that was to go is needed, and stays."""
+    stream = bench.submit("r")
+    await turns()
+    number = bench.where("r")
+    leaving = asyncio.ensure_future(bench.runtime.remove(bench.runtime.replicas[number], 60.0))
+    await turns()
+    bench.runtime.replicas[1 - number].engine._fell("gone")  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="only engine"):
+        await leaving
+    assert bench.runtime.serving
+    assert bench.fleet.is_open(number)
+    second = bench.submit("s")
+    await turns()
+    bench.engine(number).step("r", "s")
+    for told in (stream, second):
+        await whole(told)
+
+
+@bench()
+async def test_both_die_while_one_is_taken_away(bench: Bench) -> None:
+    stream = bench.submit("r")
+    await turns()
+    number = bench.where("r")
+    leaving = asyncio.ensure_future(bench.runtime.remove(bench.runtime.replicas[number], 60.0))
+    await turns()
+    bench.runtime.replicas[1 - number].engine._fell("gone")  # type: ignore[attr-defined]
+    bench.engine(number).crash()
+    with pytest.raises(ValueError, match="only engine"):
+        await leaving
+    assert set(bench.runtime.replicas) == {0, 1}
+    await asyncio.sleep(SUPERVISION.backoff_s + 0.1)
+    assert all(replica.up for replica in bench.runtime.replicas.values())
+    bench.engine(bench.where("r")).step("r")
+    await whole(stream)
+
+
+@bench()
+async def test_tokens_that_come_with_a_failure_are_shown(bench: Bench) -> None:
+    stream = bench.submit("r")
+    await turns()
+    number = bench.where("r")
+    bench.engine(number).emit("r", 65, 66, error=EngineUnavailable("gone"))
+    await turns()
+    bench.engine(1 - number).step("r")
+    told = await whole(stream)
+    assert list(told.token_ids) == [65, 66, 97]
+    assert told.text == "ABa"
+
+
+@bench()
+async def test_being_moved_is_no_failure(bench: Bench) -> None:
+    """Who was moved for an engine to be taken away may still survive the death of the next one."""
+    stream = bench.submit("r")
+    replica = bench.add()
+    await replica.start()
+    bench.runtime.opened(replica)
+    await turns()
+    first = bench.where("r")
+    bench.engine(first).emit("r", 65)
+    await bench.runtime.remove(bench.runtime.replicas[first], 0.0)
+    second = bench.where("r")
+    bench.engine(second).emit("r", 66)
+    bench.engine(second).crash()
+    await turns()
+    bench.engine(bench.where("r")).step("r")
+    assert list((await whole(stream)).token_ids) == [65, 66, 97]
+    assert bench.runtime.load().output_tokens == 3
+
+
+def test_an_engine_that_dies_while_another_one_starts_is_not_opened() -> None:
+    async def main(clock: VirtualClock) -> None:
+        bench = Bench(clock)
+        slow = bench.engine(1).start
+
+        async def start(sink: Any) -> None:
+            await asyncio.sleep(3.0)
+            await slow(sink)
+
+        bench.engine(1).start = start  # type: ignore[method-assign]
+        starting = asyncio.ensure_future(bench.runtime.start())
+        await asyncio.sleep(1.0)
+        bench.runtime.replicas[0].engine._fell("gone")  # type: ignore[attr-defined]
+        await starting
+        assert [bench.fleet.is_open(number) for number in (0, 1)] == [False, True]
+        await bench.runtime.close()
+
+    run_virtual(main)
+
+
+def test_a_start_that_fails_leaves_nothing_running() -> None:
+    async def main(clock: VirtualClock) -> None:
+        bench = Bench(clock)
+
+        async def fails(sink: Any) -> None:
+            raise EngineUnavailable("no place for it")
+
+        async def hangs(sink: Any) -> None:
+            await asyncio.Event().wait()
+
+        bench.engine(0).start = hangs  # type: ignore[method-assign]
+        bench.engine(1).start = fails  # type: ignore[method-assign]
+        with pytest.raises(EngineUnavailable, match="no place"):
+            await bench.runtime.start()
+        await bench.runtime.close()
+        assert len(asyncio.all_tasks()) == 1
+
+    run_virtual(main)

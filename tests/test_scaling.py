@@ -232,6 +232,30 @@ async def test_the_rule_follows_the_load(bench: Bench) -> None:
     assert bench.runtime.load().predicted_attainment is not None
 
 
+@bench(lambda: AutoscaleRule(AutoscaleOptions(least=1, most=3, up_s=5.0, down_s=30.0)))
+async def test_where_there_is_no_room_for_more_the_rule_still_takes_away(bench: Bench) -> None:
+    original = Slow.start
+
+    async def fails(self: Slow, sink: Any) -> None:
+        if len(bench.runtime.replicas) > 2:
+            raise EngineUnavailable("no place for it")
+        await original(self, sink)
+
+    Slow.start = fails  # type: ignore[method-assign]
+    try:
+        streams = []
+        for second in range(200):
+            for i in range(30 if second < 60 else 0):
+                streams.append(bench.submit(f"r{second}-{i}", tokens=60, slo=Slo(e2e_s=3.0)))
+            await asyncio.sleep(1.0)
+        for stream in streams:
+            await stream.result()
+        assert bench.states == ["up"]
+        assert bench.scaling.wanted == 1
+    finally:
+        Slow.start = original  # type: ignore[method-assign]
+
+
 # -- the rule itself ----------------------------------------------------------
 
 OPTIONS = AutoscaleOptions(least=2, most=6, attainment=0.9, up_s=10.0, down_s=60.0)

@@ -318,7 +318,7 @@ async def test_the_wait_before_an_attempt_doubles_and_then_it_is_lost(bench: Ben
     bench.engine.crash()
     assert isinstance(await outcome(stream), EngineUnavailable)
     assert bench.clock.now_s() == pytest.approx(1.0 + 2.0)
-    assert bench.runtime.recovery.lost.is_set()
+    assert bench.runtime.lost.is_set()
     assert not bench.runtime.serving
     with pytest.raises(EngineUnavailable, match="gone"):
         bench.submit("after")
@@ -331,7 +331,7 @@ async def test_attempts_are_forgotten_once_the_engine_was_up_for_long(bench: Ben
         await bench.lose("gone again")
         await bench.up()
     assert bench.supervised.restarted == 3 * OPTIONS.restarts
-    assert not bench.runtime.recovery.lost.is_set()
+    assert not bench.runtime.lost.is_set()
 
 
 @bench()
@@ -340,7 +340,7 @@ async def test_a_crash_loop_is_given_up(bench: Bench) -> None:
         await bench.lose("gone again")
         await bench.up()
     await bench.lose("gone again")
-    assert bench.runtime.recovery.lost.is_set()
+    assert bench.runtime.lost.is_set()
 
 
 @bench(Supervision(restarts=0))
@@ -350,7 +350,7 @@ async def test_without_restarts_the_first_loss_is_the_last(bench: Bench) -> None
     bench.engine.crash()
     for stream in streams:
         assert isinstance(await outcome(stream), EngineUnavailable)
-    assert bench.runtime.recovery.lost.is_set()
+    assert bench.runtime.lost.is_set()
 
 
 @bench()

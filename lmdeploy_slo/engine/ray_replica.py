@@ -174,6 +174,7 @@ class RayLink:
         self._actor: Any = None
         self._ray: Any = None
         self._closed = False
+        self._placing: asyncio.Future[None] | None = None
 
     @property
     def name(self) -> str:
@@ -181,7 +182,8 @@ class RayLink:
 
     async def open(self) -> EngineInfo:
         self._ray = await self._cluster.connect()
-        await asyncio.to_thread(self._place)
+        self._placing = asyncio.ensure_future(asyncio.to_thread(self._place))
+        await asyncio.shield(self._placing)  # where this is cancelled, the thread still makes its actor
         version, host, pid = await self._placed()
         if version != __version__:
             raise ConfigError(f"replica {self._name} runs lmdeploy-slo {version}, this process {__version__}")
@@ -202,6 +204,8 @@ class RayLink:
 
     async def close(self) -> None:
         """The process is killed, and its devices are free when it is gone."""
+        if self._placing is not None:
+            await asyncio.wait([self._placing])
         if self._actor is not None and not self._closed:
             self._closed = True
             await asyncio.to_thread(self._kill)

@@ -14,6 +14,7 @@ class GatewayOptions:
     default_queue_timeout_s: for requests without `queue_timeout_ms`, > 0; None: they wait without bound.
     task_slos: objectives of requests that name the task and have no `slo`.
     max_queued_requests: the scheduler's bound, to be told to clients; None: no bound.
+    strangers_scale: callers of whom nothing is known may say how many engines there are.
     max_message_bytes: longest message taken, > 0. version, versions: to be told to clients.
     """
 
@@ -21,6 +22,7 @@ class GatewayOptions:
     default_queue_timeout_s: float | None = None
     task_slos: Mapping[str, Slo] = field(default_factory=dict)
     max_queued_requests: int | None = None
+    strangers_scale: bool = True
     max_message_bytes: int = 16 * 1024 * 1024
     version: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)

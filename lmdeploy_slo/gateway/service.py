@@ -287,7 +287,7 @@ class InferenceService:
 
     async def scale(self, data: bytes, context: _Context) -> bytes:
         request = _parse(pb.ScaleRequest, data)
-        if self._may_touch() is not None:
+        if self._may_touch() is not None or (caller.get() is None and not self._options.strangers_scale):
             raise PermissionDenied("how many engines there are is for operators to say")
         if self.scaling is None:
             raise InvalidRequest([FieldViolation("replicas", "the engine of this server runs in its own process")])

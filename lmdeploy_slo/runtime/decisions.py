@@ -60,8 +60,8 @@ class _Order:
 @dataclass(slots=True, eq=False)
 class _Story:
     """A request. log: of the engine it waits for, or is in. first: dispatches before it came there. number: of its own
-    dispatch. full_s, held_s: of that log, until it came, then, once its wait is over, during its wait; spent_*: of its
-    wait, elsewhere before that. moves: from engine to engine."""
+    dispatch; stop: dispatches until it waited no more. full_s, held_s: of that log, until it came, then, once its wait
+    is over, during its wait; spent_*: of its wait, elsewhere before that. moves: from engine to engine."""
 
     log: DecisionLog
     spec: RequestSpec
@@ -76,6 +76,7 @@ class _Story:
     spent_held_s: float = 0.0
     moves: int = 0
     number: int | None = None
+    stop: int | None = None
     left_at_s: float | None = None  # the queue
     status: EndStatus | None = None
     reason: str = ""
@@ -158,7 +159,7 @@ class DecisionLog:
         story = self._by_handle[handle]
         if story.left_at_s is not None:
             self._pass_time(now_s)
-            story.left_at_s = story.number = None
+            story.left_at_s = story.number = story.stop = None
             story.spent_full_s, story.spent_held_s = story.full_s, story.held_s
             story.full_s, story.held_s = self._full_s, self._held_s
 
@@ -192,7 +193,7 @@ class DecisionLog:
         """It does not wait any more."""
         if story.left_at_s is None:
             self._pass_time(now_s)
-            story.left_at_s = now_s
+            story.left_at_s, story.stop = now_s, self._sent
             story.full_s = story.spent_full_s + self._full_s - story.full_s
             story.held_s = story.spent_held_s + self._held_s - story.held_s
 
@@ -202,6 +203,8 @@ class DecisionLog:
         story.moves += 1
         if waits:
             story.full_s, story.held_s = self._full_s, self._held_s
+        else:
+            story.stop = self._sent
         self._by_handle[story.handle] = story
 
     def _remember_sent(self, dispatch: Dispatch, plan: Plan, now_s: float) -> None:
@@ -247,7 +250,7 @@ class DecisionLog:
             held_s = story.spent_held_s + self._held_s - held_s
         left_at_s = now_s if story.left_at_s is None else story.left_at_s
         waited_s = left_at_s - story.spec.arrival_at_s
-        stop = self._sent if story.number is None else story.number
+        stop = next((n for n in (story.number, story.stop) if n is not None), self._sent)
         oldest = self._sent - len(self._rows)
         before = self._sent_from(np.arange(max(story.first, oldest), stop))
         own = None if story.number is None or story.number < oldest else self._sent_from(np.array([story.number]))

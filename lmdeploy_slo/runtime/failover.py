@@ -53,6 +53,7 @@ class Failover:
     def evacuate(self, replica: Replica) -> None:
         """What is left in an engine that is taken away goes on elsewhere, or ends."""
         for live in list(replica.in_engine.values()):
+            live.attempts -= 1  # this engine did not fail it
             if not self._goes_on(live):
                 self._end(live, EngineUnavailable("its engine was taken away"))
             replica.abort(live.spec.request_id)

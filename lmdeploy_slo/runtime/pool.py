@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 
@@ -9,6 +10,7 @@ from lmdeploy_slo.clock import Clock
 from lmdeploy_slo.core.request import RequestSpec
 from lmdeploy_slo.runtime.journal import Journal
 from lmdeploy_slo.runtime.live import Live
+from lmdeploy_slo.runtime.planner import PlannerStatistics
 from lmdeploy_slo.runtime.replica import Replica
 from lmdeploy_slo.scheduling.fleet import Fleet
 
@@ -24,6 +26,7 @@ class EnginePool:
         self._clock = clock
         self._journal = journal
         self._by_handle = by_handle
+        self._past_planners, self._past_restarts = PlannerStatistics(0, 0, None, None), 0  # of engines that are no more
 
     @property
     def first(self) -> Replica:
@@ -48,10 +51,28 @@ class EnginePool:
         self.replicas[replica.number] = replica
 
     def remove(self, replica: Replica) -> None:
-        """It holds nothing any more."""
-        del self.replicas[replica.number]
+        """It holds nothing any more, else ValueError."""
         self.fleet.remove(replica.number)
+        del self.replicas[replica.number]
         self._journal.leave(replica.number)
+        planners = PlannerStatistics.together([self._past_planners, replica.planner.statistics()])
+        self._past_planners = dataclasses.replace(planners, last_plan_s=None)
+        self._past_restarts += replica.recovery.restarts
+
+    def planners(self) -> PlannerStatistics:
+        """Of all engines since the start, also of those that are no more."""
+        now = (replica.planner.statistics() for replica in self.replicas.values())
+        return PlannerStatistics.together([self._past_planners, *now])
+
+    @property
+    def restarts(self) -> int:
+        """How often an engine was replaced, likewise."""
+        return self._past_restarts + sum(replica.recovery.restarts for replica in self.replicas.values())
+
+    def oldest_arrival_s(self) -> float | None:
+        """When the request that has waited longest arrived; None where none waits."""
+        arrivals_s = [replica.scheduler.oldest_arrival_s() for replica in self.replicas.values()]
+        return min((at_s for at_s in arrivals_s if at_s is not None), default=None)
 
     def place(self, spec: RequestSpec) -> Replica:
         """Where a new request would go. Raises EngineUnavailable where there are several and none is open."""

@@ -154,11 +154,19 @@ class Replica:
             self._own_executor.shutdown(wait=False)
 
     async def drained(self, grace_s: float) -> None:
-        """Returns when it holds no request any more, or `grace_s` seconds have passed."""
-        if not self.empty:
-            self._drained = asyncio.get_running_loop().create_future()
-            await asyncio.wait([self._drained], timeout=grace_s)
-            self._drained = None
+        """Returns when it holds no request any more, when `grace_s` seconds have passed, or when it is to stay."""
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + grace_s
+        while self.draining and not self.empty and loop.time() < until_s:
+            self._drained = loop.create_future()
+            await asyncio.wait([self._drained], timeout=until_s - loop.time())
+        self._drained = None
+
+    def stay(self) -> None:
+        """It is not taken away after all."""
+        self.draining = False
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
 
     @property
     def up(self) -> bool:
@@ -321,6 +329,8 @@ class Replica:
 
     def _on_last_event(self, live: Live, event: EngineEvent, at_s: float) -> None:
         if event.error is not None:
+            if event.token_ids or event.text:  # what came with the failure was generated all the same
+                live.stream.push(replace(event, error=None))
             self._owner.failed(live, event.error)
         elif event.end is None or event.end is FinishReason.ABORT:
             self._owner.end(live, EndStatus.FAILED, EngineError("the engine ended it", "aborted"), in_engine=False)

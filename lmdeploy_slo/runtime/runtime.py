@@ -44,7 +44,6 @@ from lmdeploy_slo.runtime.journal import Journal
 from lmdeploy_slo.runtime.live import Live, RuntimeOptions
 from lmdeploy_slo.runtime.planner import PlannerStatistics
 from lmdeploy_slo.runtime.pool import EnginePool
-from lmdeploy_slo.runtime.recovery import Recovery
 from lmdeploy_slo.runtime.replica import Replica
 from lmdeploy_slo.runtime.statistics import RuntimeLoad
 from lmdeploy_slo.runtime.stream import Completion, Encoder, RequestStream
@@ -121,25 +120,29 @@ class Runtime:
 
     def opened(self, replica: Replica) -> None:
         """It has been started, and takes requests from now on."""
-        self._pool.fleet.open(replica.number)
-        self._pool.rebalance()
+        self.changed(replica)
 
     async def remove(self, replica: Replica, grace_s: float) -> None:
         """Takes an engine away: who waits for it waits for another one, what runs in it may end for up to `grace_s`
-        seconds, then goes on elsewhere. It must not be the only one that is open, else ValueError. Cancelled, it stays
-        as it was."""
+        seconds, then goes on elsewhere. It must not be the only one that takes requests, now or by then, else
+        ValueError; then, and where this is cancelled, it stays as it was."""
+        needed = ValueError(f"{replica.name} is the only engine that takes requests")
         if not self._pool.others_open(replica):
-            raise ValueError(f"{replica.name} is the only engine that takes requests")
+            raise needed
         replica.draining = True
         self.changed(replica)
         try:
             await replica.drained(grace_s)
-        except asyncio.CancelledError:
+            if not self._pool.others_open(replica):
+                raise needed
+            self._failover.evacuate(replica)
+            self._pool.rebalance()
+            self._pool.remove(replica)
+        except BaseException:
             replica.draining = False
             self.changed(replica)
             raise
-        self._failover.evacuate(replica)
-        self._pool.remove(replica)
+        self._tell_serving()
         await replica.close()
 
     def discard(self, replica: Replica) -> None:
@@ -167,11 +170,6 @@ class Runtime:
         return self._pool.first.policy
 
     @property
-    def recovery(self) -> Recovery:
-        """Of the first engine."""
-        return self._pool.first.recovery
-
-    @property
     def calibration(self) -> Calibration:
         """Of the first engine: its `statistics` say how right forecasts of steps are."""
         return self._pool.first.learning.calibration
@@ -187,7 +185,14 @@ class Runtime:
         """Ready for requests when it returns: policies compiled, engines up. Raises what any of them raises."""
         if self._resumes:  # there may be several, among which requests are placed on the loop
             await asyncio.get_running_loop().run_in_executor(self._executor, self._pool.fleet.warm_up)
-        await asyncio.gather(*(replica.start() for replica in self.replicas.values()))
+        starting = [asyncio.ensure_future(replica.start()) for replica in self.replicas.values()]
+        try:
+            await asyncio.gather(*starting)
+        except BaseException:
+            for task in starting:
+                task.cancel()
+            await asyncio.wait(starting)
+            raise
         self._started = True
         self._was_serving = True
         for replica in self.replicas.values():
@@ -211,7 +216,9 @@ class Runtime:
     @property
     def serving(self) -> bool:
         """Whether a new request would be taken, and not all engines are known to be gone."""
-        return self._started and not self._draining and any(replica.up for replica in self.replicas.values())
+        if not self._started or self._draining:
+            return False
+        return any(replica.up and self._pool.fleet.is_open(number) for number, replica in self.replicas.items())
 
     # -- requests -------------------------------------------------------------
 
@@ -280,11 +287,8 @@ class Runtime:
 
     def load(self) -> RuntimeLoad:
         replicas = [replica.load() for replica in self.replicas.values()]
-        counts = self.journal.counts
-        arrivals_s = [replica.scheduler.oldest_arrival_s() for replica in self.replicas.values()]
-        oldest_at_s = min((at_s for at_s in arrivals_s if at_s is not None), default=None)
+        counts, oldest_at_s = self.journal.counts, self._pool.oldest_arrival_s()
         usages = [one.kv_usage for one in replicas if one.kv_usage is not None]
-        generating = (live for replica in self.replicas.values() for live in replica.in_engine.values())
         return RuntimeLoad(
             waiting=sum(one.waiting for one in replicas),
             in_flight=sum(one.in_flight for one in replicas),
@@ -294,16 +298,16 @@ class Runtime:
             refused=dict(counts.refused),
             with_slo=counts.with_slo,
             slo_met=counts.slo_met,
-            planner=PlannerStatistics.together([r.planner.statistics() for r in self.replicas.values()]),
+            planner=self._pool.planners(),
             draining=self._draining,
             max_in_flight=sum(one.max_in_flight for one in replicas),
             oldest_wait_s=None if oldest_at_s is None else self.clock.now_s() - oldest_at_s,
-            output_tokens=self.journal.output_tokens + sum(live.output_tokens for live in generating),
+            output_tokens=self.journal.output_tokens + sum(live.output_tokens for live in self._live.values()),
             last_plan=self.journal.last_plan,
             last_minute=self.journal.last_minute(),
             calibration=replicas[0].calibration,
             serving=self.serving,
-            engine_restarts=sum(one.engine_restarts for one in replicas),
+            engine_restarts=self._pool.restarts,
             retried=counts.retried,
             resumed=counts.resumed,
             replicas=tuple(replicas),
@@ -372,9 +376,17 @@ class Runtime:
             self._pool.fleet.close(replica.number)
         elif replica.started:
             self._pool.fleet.open(replica.number)
+        if not self._pool.any_open:
+            for other in self.replicas.values():
+                if other.draining and other.up:  # it is needed after all
+                    other.stay()
+                    self._pool.fleet.open(other.number)
         self._pool.rebalance()
         if all(other.recovery.lost.is_set() for other in self.replicas.values()):
             self.lost.set()
+        self._tell_serving()
+
+    def _tell_serving(self) -> None:
         was, self._was_serving = self._was_serving, self.serving
         if self.on_serving_change is not None and was != self._was_serving:
             self.on_serving_change()
@@ -424,6 +436,9 @@ class Runtime:
         live.stream.close(outcome)
         try:
             replica.expectation.ended(live.spec, live.predicted, live.timing, status)
+        except Exception:
+            logger.exception("what was foretold of %s could not be compared", request_id)
+        try:
             replica.forget(live, finished=status is EndStatus.FINISHED, dispatched=dispatched)
         except Exception:  # what is learnt of a request must not undo its end
             logger.exception("the scheduler raised at the end of %s", request_id, extra={"request_id": request_id})

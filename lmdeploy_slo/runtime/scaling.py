@@ -138,8 +138,6 @@ class Scaling:
 
     def _done(self, replica: Replica) -> None:
         del self._changing[replica]
-        if self._rule is not None:
-            self._rule.changed(self._clock.now_s())
 
     async def _join(self, replica: Replica) -> None:
         try:
@@ -151,8 +149,11 @@ class Scaling:
                 raise
             logger.error("%s did not start: %s", replica.name, error)
             self._retry_at_s = self._clock.now_s() + RETRY_S
+            if self._rule is not None:  # there is no room: it asks again where it still wants more
+                self.wanted = max(1, self.wanted - 1)
             return
         self._runtime.opened(replica)
+        self._changed()
         logger.info("%s takes requests", replica.name)
 
     async def _leave(self, replica: Replica) -> None:
@@ -161,4 +162,9 @@ class Scaling:
         except ValueError as error:  # meanwhile it has become the only one
             logger.warning("it stays: %s", error)
         else:
+            self._changed()
             logger.info("%s is gone", replica.name)
+
+    def _changed(self) -> None:
+        if self._rule is not None:
+            self._rule.changed(self._clock.now_s())
