@@ -293,13 +293,17 @@ def state_file(config: Config, runtime: Runtime) -> StateFile | None:
     if config.server.state_dir is None:
         return None
     info = runtime.engine.info
-    learners: dict[str, object] = {"output_lengths": runtime.scheduler.lengths, "forecasts": runtime.forecaster}
-    for number, replica in runtime.replicas.items():
-        of = f"_{number}" if number else ""
-        learners[f"step_model{of}"] = replica.learning.calibration if config.scheduler.calibrate else None
-        learners[f"prefix_cache{of}"] = replica.scheduler.prefixes
-    kept = {name: learner for name, learner in learners.items() if isinstance(learner, Learner)}
-    return StateFile(config.server.state_dir, engine=info.name, model=info.model, learners=kept)
+
+    def learners() -> dict[str, Learner]:
+        """Of the engines there are by now, by their places: those that come later go on where others were."""
+        found: dict[str, object] = {"output_lengths": runtime.scheduler.lengths, "forecasts": runtime.forecaster}
+        for place, replica in enumerate(runtime.replicas.values()):
+            of = f"_{place}" if place else ""
+            found[f"step_model{of}"] = replica.learning.calibration if config.scheduler.calibrate else None
+            found[f"prefix_cache{of}"] = replica.scheduler.prefixes
+        return {name: learner for name, learner in found.items() if isinstance(learner, Learner)}
+
+    return StateFile(config.server.state_dir, engine=info.name, model=info.model, learners=learners)
 
 
 @asynccontextmanager

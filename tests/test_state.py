@@ -36,7 +36,7 @@ class Counter:
 
 
 def state_file(folder: Path, model: str = "m", **learners: Learner) -> StateFile:
-    return StateFile(folder, engine="emulated", model=model, learners=learners)
+    return StateFile(folder, engine="emulated", model=model, learners=lambda: learners)
 
 
 def kept(folder: Path, **values: int) -> Path:
@@ -60,7 +60,7 @@ def test_nothing_is_there_at_first(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
 def test_engines_and_models_have_files_of_their_own(tmp_path: Path) -> None:
     paths = {state_file(tmp_path, model).path for model in ("m", "n", "org/m", "/models/m", "..", "m" * 500)}
-    paths.add(StateFile(tmp_path, engine="lmdeploy", model="m", learners={}).path)
+    paths.add(StateFile(tmp_path, engine="lmdeploy", model="m", learners=dict).path)
     assert len(paths) == 7
     assert {path.parent for path in paths} == {tmp_path}
 

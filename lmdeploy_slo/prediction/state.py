@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -47,14 +47,14 @@ class Learner(Protocol):
 
 
 class StateFile:
-    """The file of one engine and model in a folder. learners: by the names of their parts.
+    """The file of one engine and model in a folder. learners: by the names of their parts, as they are by then.
 
     Raises ConfigError where the folder is none, cannot be made, or cannot be written to.
     """
 
-    def __init__(self, folder: Path, *, engine: str, model: str, learners: Mapping[str, Learner]) -> None:
+    def __init__(self, folder: Path, *, engine: str, model: str, learners: Callable[[], Mapping[str, Learner]]) -> None:
         self._of = {"engine": engine, "model": model}
-        self._learners = dict(learners)
+        self._learners = learners
         self._others: dict[str, Any] = {}  # parts that nobody here learns; they stay as they are
         self._failing = False
         digest = hashlib.sha256(json.dumps(self._of, sort_keys=True).encode()).hexdigest()[:8]
@@ -78,9 +78,10 @@ class StateFile:
         except (OSError, RecursionError, *WRONG) as error:
             self._set_aside(f"cannot be used: {_words(error)}")
             return []
-        self._others = {name: part for name, part in parts.items() if name not in self._learners}
+        learners = self._learners()
+        self._others = {name: part for name, part in parts.items() if name not in learners}
         restored, wrong = [], []
-        for name, learner in self._learners.items():
+        for name, learner in learners.items():
             if name not in parts:
                 continue
             try:
@@ -94,7 +95,7 @@ class StateFile:
 
     def collect(self) -> dict[str, Any]:
         """What the learners know now; to be called where they learn."""
-        return {name: learner.state() for name, learner in self._learners.items()}
+        return {name: learner.state() for name, learner in self._learners().items()}
 
     def write(self, parts: Mapping[str, Any]) -> bool:
         """Replaces the file by what was collected; may be called from another thread, one call at a time.

@@ -187,7 +187,7 @@ def _learners() -> dict[str, object]:
 
 
 def _state_file(learners: dict[str, object]) -> StateFile:
-    return StateFile(_folder() / "state", engine="e", model="m", learners=learners)  # type: ignore[arg-type]
+    return StateFile(_folder() / "state", engine="e", model="m", learners=lambda: learners)  # type: ignore[arg-type]
 
 
 def take_state(data: bytes) -> str:
