@@ -2,8 +2,8 @@
 
 Greedy output goes on as it would have: the next token depends on the tokens before it alone. Sampled output goes on
 validly, with other draws, also where a seed was given. A stop text that began before the engine was gone and would have
-ended after it is not recognised, the text that was held back for it is not shown (its token ids are), and a character of
-several tokens that was cut in two is shown as far as it came.
+ended after it is not recognised, the text that was held back for it is not shown (its token ids are), and a character
+of several tokens that was cut in two is shown as far as it came.
 """
 
 from __future__ import annotations
