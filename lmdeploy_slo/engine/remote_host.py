@@ -166,6 +166,7 @@ class EngineHost:
             if number not in self._aborted:
                 told.append(wire_event(number, event))
             elif event.end is None and event.error is None:  # it crossed with the abort, or that got lost
+                assert self._engine is not None
                 asyncio.get_running_loop().call_soon(self._engine.abort, event.request_id)
             if event.end is not None or event.error is not None:
                 del self._numbers[event.request_id], self._ids[number]
