@@ -97,3 +97,28 @@ def test_a_flood_does_not_go_before_a_client_within_its_share() -> None:
 def test_options_out_of_range_are_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=field):
         AnnealingOptions(**{field: value})  # type: ignore[arg-type]
+
+
+def test_it_tells_how_many_come_and_how_much_prefill_they_can_wait_for() -> None:
+    price = learnt([1000.0] * 10 + [100_000.0] * 3, [0] * 13)  # the long ones miss on an idle engine
+    assert price.arrivals_per_s == 10 / 5.0
+    assert price.slack_s == pytest.approx(2.0 - MODEL.prefill_stall_s(1000.0))
+
+
+@pytest.mark.parametrize(("arrive", "goes"), [(True, False), (False, True)])
+def test_a_long_prefill_with_nothing_to_gain_waits_while_others_arrive(arrive: bool, goes: bool) -> None:
+    """Those who come while it is computed would get their first token too late."""
+    policy = AnnealingPolicy(budget=SearchBudget(time_s=None, evaluations=50))
+    running = snapshot(0.0, [100.0], [0]).waiting.copy()
+    running["handle"], running["e2e_s"], running["output_tokens"] = 10_000, np.inf, 1e6
+    running["dispatched_at_s"] = running["first_token_at_s"] = 0.0
+    running["generated_tokens"] = 1
+    for number in range(40 if arrive else 0):
+        at_s = 100.0 + number / 4
+        row = snapshot(at_s, [200.0], [0]).waiting.copy()
+        row["handle"], row["ttft_s"], row["e2e_s"] = number + 1, 1.0, np.inf
+        policy.plan(Snapshot(at_s, row, running, EngineLimits(), MODEL))
+    leftover = snapshot(110.0, [80_000.0], [0]).waiting.copy()
+    leftover["handle"], leftover["e2e_s"] = 20_000, np.inf
+    plan = policy.plan(Snapshot(110.0, leftover, running, EngineLimits(), MODEL))
+    assert (plan.send_now == 1) is goes

@@ -6,7 +6,8 @@ What the plan admits now is sent; the rest waits for the next plan, which comes 
 Where fewer slots are free than it admits, `slot_order` says who gets them.
 
 Requests that can no longer meet their SLO, or carry none, go by response ratio into what is left over: one is admitted
-when that costs the others (expected misses, and the shadow price of its engine time) no more than `leftover_loss`.
+when that costs the others no more than `leftover_loss`: in expected misses, of those that run and of those that will
+arrive behind a long prefill, and in the shadow price of its engine time.
 """
 
 from __future__ import annotations
@@ -212,7 +213,8 @@ class AnnealingPolicy:
             send, leftovers = np.concatenate([leftovers[:1], send]), leftovers[1:]
         extra, self._granted_s = kernel.admit_leftovers(
             waiting, leftovers[: options.leftovers_per_plan], now_s, options.patience * self._backlog.longest_s,
-            options.leftover_loss, options.reserve_s, self._granted_s, self._price_s * self._congestion(n), engine_s,
+            options.leftover_loss, options.reserve_s, self._granted_s, self._price_s * self._congestion(n),
+            self._price.arrivals_per_s, self._price.slack_s, engine_s,
             search.best, n, *stage,
         )  # fmt: skip
         if not len(send) and not extra and not len(snapshot.running):

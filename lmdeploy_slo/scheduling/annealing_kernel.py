@@ -347,14 +347,16 @@ def anneal(
 @_jit
 def admit_leftovers(
     rows: Any, order: Any, now_s: Any, patience_s: Any, loss: Any, reserve_s: Any, granted_s: Any, price_s: Any,
-    engine_s: Any, admit: Any, n: Any, pace: Any, base: Any, spans: Any, stakes: Any, at_stake: Any, candidates: Any,
-    scratch: Any,
+    coming: Any, slack_s: Any, engine_s: Any, admit: Any, n: Any, pace: Any, base: Any, spans: Any, stakes: Any,
+    at_stake: Any, candidates: Any, scratch: Any,
 ) -> Any:  # fmt: skip
     """How many of the rows in `order` may be sent now on top of the plan; (count, what is left of `granted_s`).
 
     These are requests with nothing to gain: without an objective, or with one that is lost. One may cost the plan at
-    most `loss` (what its score falls by with `reserve_s` of stall to come, and the price of its engine time); reserve
-    and price fade to nothing over a wait of `patience_s`. Who has waited twice as long may also go at any cost, as long
+    most `loss` (what its score falls by with `reserve_s` of stall to come, requests that come too late behind its
+    prefill, and the price of its engine time); all three but what is at stake now fade to nothing over a wait of
+    `patience_s`. Too late: of `coming` requests a second those that arrive while more than `slack_s` of prefill is due,
+    for what the engine has begun it finishes first. Who has waited twice as long may also go at any cost, as long
     as its prefill fits into `granted_s`. Changes `base`.
     """
     taken = 0
@@ -373,7 +375,9 @@ def admit_leftovers(
             width = 1 if s < FINE else COARSE
             base.decode[s] += width * (pace.d1 + pace.d2 * (held + (start_of(s) - 1) + (width - 1) * 0.5))
         value = rollout(admit, n, pace, base, spans, stakes, at_stake, candidates, scratch)
-        if score - value > loss or price_s * engine_s[order[k]] * charged > loss:
+        due = base.prefill[0] - reserve - slack_s
+        late = coming * charged * (max(0.0, due) - max(0.0, due - stall))
+        if score - value + late > loss or price_s * engine_s[order[k]] * charged > loss:
             if now_s - row["arrival_at_s"] < 2.0 * patience_s or stall > granted_s:
                 break
             granted_s -= stall

@@ -30,13 +30,23 @@ LEAST_WORTH = 1e-3
 
 Floats = npt.NDArray[np.float64]
 
-_ARRIVAL = np.dtype([("at_s", np.float64), ("engine_s", np.float64), ("stall_s", np.float64), ("client", np.int64)])
+_ARRIVAL = np.dtype(
+    [
+        ("at_s", np.float64),
+        ("engine_s", np.float64),
+        ("stall_s", np.float64),
+        ("slack_s", np.float64),  # that its first token leaves for others' prefills, on an idle engine
+        ("client", np.int64),
+    ]
+)
 
 
 class ShadowPrice:
     """Learns from snapshots alone, so equal histories give equal prices.
 
     price_s: requests a second of engine time is worth, >= 0. duty: share of time the accepted ones spend in prefill.
+    arrivals_per_s: of requests that could meet on an idle engine; slack_s: of half of them the first token is late
+    where more prefill than this is due when they arrive.
     """
 
     def __init__(self, window_s: float, capacity: float) -> None:
@@ -51,6 +61,8 @@ class ShadowPrice:
         self._worths = np.ones(1)
         self.price_s = 0.0
         self.duty = 0.0
+        self.arrivals_per_s = 0.0
+        self.slack_s = 0.0
 
     def learn(self, snapshot: Snapshot, reference_batch: float) -> None:
         """Takes in what arrived since the last snapshot."""
@@ -70,6 +82,9 @@ class ShadowPrice:
         fits = int(np.searchsorted(np.cumsum(engine_s[best_first]), span_s * self._capacity))
         self.price_s = float(density[best_first[fits]]) if fits < len(recent) else 0.0
         self.duty = float(np.sum(recent["stall_s"][best_first[:fits]])) / span_s
+        slack_s = recent["slack_s"][recent["slack_s"] > 0.0]
+        self.arrivals_per_s = len(slack_s) / span_s
+        self.slack_s = float(np.median(slack_s)) if len(slack_s) else 0.0
 
     def worth_of(self, clients: npt.NDArray[np.int64]) -> Floats:
         """What a request of each of these clients counts, in (0, 1]; a client not heard of lately counts in full."""
@@ -100,6 +115,7 @@ class ShadowPrice:
         arrivals["at_s"], arrivals["client"] = new["arrival_at_s"], new["client"]
         arrivals["engine_s"] = engine_time_s(new, model, reference_batch)
         arrivals["stall_s"] = prefill_s(new, model)
+        arrivals["slack_s"] = np.minimum(new["ttft_s"], new["e2e_s"]) - arrivals["stall_s"]
         self._fresh.append(arrivals)
 
 
