@@ -23,7 +23,8 @@ class ClientPolicy:
     classes: priority classes it may claim, at least one. tightest_slo, loosest_slo: bounds of each objective it sets;
     an objective it does not set stays unset. sheddable: None leaves it to the request. length_hints: whether its
     `expected_output_tokens` is believed. max_queue_timeout_s: > 0, also for requests that name none.
-    names_users: its `fairness_id` says whom it asks for. operator: it may look at and end other clients' requests, and say how many engines there are.
+    names_users: its `fairness_id` says whom it asks for. operator: it may look at and end other clients' requests, and
+    say how many engines there are.
 
     Limits, each >= 1: max_streams, requests that have not ended; max_queued_requests and max_queued_tokens, those that
     wait for the engine. tokens_per_s > 0: prompt and output tokens; burst_tokens >= 1: so many may be used at once.
