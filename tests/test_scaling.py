@@ -256,8 +256,22 @@ async def test_where_there_is_no_room_for_more_the_rule_still_takes_away(bench: 
         Slow.start = original  # type: ignore[method-assign]
 
 
+@bench()
+async def test_what_the_prefix_cache_holds_is_not_asked_of_engines(bench: Bench) -> None:
+    """A conversation's next turn asks for its new words alone."""
+    demand = bench.runtime.journal.demand
+    whole = bench.submit("whole", tokens=10)
+    asked = demand.of_last(1.0, bench.clock.now_s()).engines
+    bench.runtime.scheduler.expected_cached_tokens = lambda spec: spec.prompt_tokens - 1.0  # type: ignore[method-assign]
+    cached = bench.submit("cached", tokens=10)
+    assert demand.of_last(1.0, bench.clock.now_s()).engines - asked < asked
+    for stream in (whole, cached):
+        stream.cancel()
+
+
 # -- the rule itself ----------------------------------------------------------
 
+NEEDED_S = MODEL.engine_time_s(100.0, 100.0)
 OPTIONS = AutoscaleOptions(least=2, most=6, attainment=0.9, up_s=10.0, down_s=60.0)
 
 
@@ -269,7 +283,7 @@ def offered(seconds: int, a_second: int, chance: float, until_s: float = 1000.0)
     log = DemandLog()
     for second in range(seconds):
         for _ in range(a_second):
-            log.came(100, True, told(chance), MODEL, until_s - seconds + second + 0.5)
+            log.came(NEEDED_S, True, told(chance), until_s - seconds + second + 0.5)
     return log
 
 
@@ -304,7 +318,7 @@ def test_it_waits_until_a_change_can_be_seen() -> None:
 def test_it_takes_away_after_a_long_quiet() -> None:
     rule, log = AutoscaleRule(OPTIONS), DemandLog()
     for second in range(200):
-        log.came(100, True, told(1.0), MODEL, float(second))
+        log.came(NEEDED_S, True, told(1.0), float(second))
         wanted = rule.wanted(3, log, float(second))
         assert wanted == (2 if second >= 60 else 3)
     assert rule.wanted(2, log, 200.0) == 2, "never fewer than the least"

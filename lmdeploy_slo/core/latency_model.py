@@ -16,6 +16,9 @@ import numpy.typing as npt
 Number = TypeVar("Number", float, npt.NDArray[np.float64])
 """One value, or a column of them."""
 
+REFERENCE_BATCH = 64
+"""Sequences taken to share the fixed cost of a step where requests are compared by the engine time they need."""
+
 
 def _check_coefficients(model: object) -> None:
     for field in fields(model):  # type: ignore[arg-type]
@@ -59,10 +62,22 @@ class StepModel:
         growth = 0.5 * batch_size * steps * (steps - 1)
         return steps * (self.c0 + self.d1 * batch_size) + self.d2 * (steps * context_tokens + growth)
 
-    def prefill_stall_s(self, prompt_tokens: float, cached_tokens: float = 0.0) -> float:
+    def prefill_stall_s(self, prompt_tokens: Number, cached_tokens: Number | float = 0.0) -> Number:
         """What `prompt_tokens` behind `cached_tokens` of the same prompt add to the step (or steps) they are prefilled
         in; the sum telescopes over chunks."""
         return self.p1 * prompt_tokens + self.p2 * prompt_tokens * (prompt_tokens + 2 * cached_tokens)
+
+    def engine_time_s(
+        self,
+        prompt_tokens: Number,
+        output_tokens: Number,
+        cached_tokens: Number | float = 0.0,
+        batch_size: float = REFERENCE_BATCH,
+    ) -> Number:
+        """g: the engine's time a request needs, seconds; of its prompt `prompt_tokens` are computed behind
+        `cached_tokens`, and `batch_size` sequences share the fixed cost of a step."""
+        per_token = self.d1 + self.d2 * (prompt_tokens + cached_tokens + output_tokens / 2) + self.c0 / batch_size
+        return self.prefill_stall_s(prompt_tokens, cached_tokens) + output_tokens * per_token
 
     def scaled(self, factor: float) -> StepModel:
         """The same engine, `factor` (> 0) times as slow."""

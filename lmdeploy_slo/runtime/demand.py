@@ -9,7 +9,6 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
-from lmdeploy_slo.core.latency_model import StepModel
 from lmdeploy_slo.scheduling.admission import Forecast
 
 MAX_TOLD = 256
@@ -17,9 +16,6 @@ MAX_TOLD = 256
 
 SLOT_S = 1.0
 LONGEST_S = 600.0
-
-REFERENCE_BATCH = 64.0
-"""Sequences taken to share the fixed cost of a pass, as in the rule `swf`."""
 
 
 @dataclass(slots=True)
@@ -34,7 +30,7 @@ class _Slot:
 class Demand:
     """Of a stretch of time. requests: that came with an objective. attainment: the mean chance of meeting it that they
     were told, 0 to 1; refused ones count as 0; None where there were none. engines: engine time asked for in a second,
-    in engines like those it was foretold for, that run `REFERENCE_BATCH` sequences at a time."""
+    in engines like those it was foretold for; see `StepModel.engine_time_s`."""
 
     requests: int
     attainment: float | None
@@ -49,12 +45,10 @@ class DemandLog:
         self._first_s: float | None = None
         self._told: list[tuple[_Slot, Forecast]] = []  # of requests with an objective, not in their slots yet
 
-    def came(self, prompt_tokens: float, with_slo: bool, expected: Forecast, model: StepModel, now_s: float) -> None:
-        """A request was accepted, and told `expected`."""
+    def came(self, engine_s: float, with_slo: bool, expected: Forecast, now_s: float) -> None:
+        """A request was accepted that is foretold to need `engine_s` of an engine, and was told `expected`."""
         slot = self._slot(now_s)
-        output = expected.output_tokens
-        per_token_s = model.d1 + model.d2 * (prompt_tokens + output / 2) + model.c0 / REFERENCE_BATCH
-        slot.engine_s += model.prefill_stall_s(prompt_tokens) + output * per_token_s
+        slot.engine_s += engine_s
         if with_slo:  # its chance may not be worked out yet, and nobody waits for it
             self._told.append((slot, expected))
             if len(self._told) >= MAX_TOLD:

@@ -95,8 +95,12 @@ class Journal:
         """A request has joined the queue."""
         log, spec, now_s = self._logs[live.replica.number], live.spec, self._clock.now_s()
         log.accepted(live.handle, spec, live.predicted, live.timing, now_s)
-        model = live.replica.scheduler.model
-        self.demand.came(spec.prompt_tokens, spec.slo.has_objective, live.predicted, model, now_s)
+        scheduler = live.replica.scheduler
+        cached_tokens = scheduler.expected_cached_tokens(spec)
+        engine_s = scheduler.model.engine_time_s(
+            spec.prompt_tokens - cached_tokens, live.predicted.output_tokens, cached_tokens
+        )
+        self.demand.came(engine_s, spec.slo.has_objective, live.predicted, now_s)
 
     @_harmless
     def requeued(self, live: Live) -> None:

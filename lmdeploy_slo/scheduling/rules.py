@@ -21,26 +21,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lmdeploy_slo.core.latency_model import StepModel
+from lmdeploy_slo.core.latency_model import REFERENCE_BATCH, StepModel
 from lmdeploy_slo.core.plan import Plan
 from lmdeploy_slo.core.snapshot import Rows, Snapshot
-
-REFERENCE_BATCH = 64
 
 Column = npt.NDArray[Any]
 
 
 def prefill_s(rows: Rows, model: StepModel) -> Column:
     """Predicted stall of each prompt's prefill, seconds."""
-    prompt = rows["prompt_tokens"]
-    return np.asarray(model.p1 * prompt + model.p2 * prompt * (prompt + 2 * rows["cached_tokens"]))
+    return np.asarray(model.prefill_stall_s(rows["prompt_tokens"], rows["cached_tokens"]))
 
 
 def engine_time_s(rows: Rows, model: StepModel, batch_size: float = REFERENCE_BATCH) -> Column:
-    """g: the engine's time a request needs, seconds, where `batch_size` sequences share the fixed cost of a step."""
-    output, context = rows["output_tokens"], rows["prompt_tokens"] + rows["cached_tokens"] + rows["output_tokens"] / 2
-    per_token = model.d1 + model.d2 * context + model.c0 / batch_size
-    return np.asarray(prefill_s(rows, model) + output * per_token)
+    """Of each row; see `StepModel.engine_time_s`."""
+    return np.asarray(
+        model.engine_time_s(rows["prompt_tokens"], rows["output_tokens"], rows["cached_tokens"], batch_size)
+    )
 
 
 def step_time_s(snapshot: Snapshot) -> float:
