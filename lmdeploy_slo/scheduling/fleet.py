@@ -114,7 +114,7 @@ class Fleet:
         candidates = [replica for replica in self._replicas.values() if replica.open]
         if not candidates:
             raise EngineUnavailable("no replica is open")
-        fitting = [replica for replica in candidates if _fits(replica, spec)] or candidates
+        fitting = [replica for replica in candidates if replica.could_hold(spec)] or candidates
         if bounded:
             fitting = [replica for replica in fitting if not replica.scheduler.full] or fitting
         return fitting[0] if len(fitting) == 1 else self.placement.choose(spec, fitting, now_s)
@@ -124,9 +124,3 @@ class Fleet:
         target.scheduler.take_in(handle, source.scheduler.take_out(handle))
         earlier = moved.get(handle)
         moved[handle] = Move(handle, source.number if earlier is None else earlier.source, target.number)
-
-
-def _fits(replica: Replica, spec: RequestSpec) -> bool:
-    """Whether the KV cache could ever hold the prompt."""
-    kv_tokens = replica.scheduler.limits.kv_tokens
-    return kv_tokens is None or spec.prompt_tokens <= kv_tokens

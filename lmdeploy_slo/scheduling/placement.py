@@ -37,6 +37,11 @@ class Replica:
     open: bool = True
     _totals: dict[str, tuple[tuple[int, int], float]] = field(default_factory=dict)
 
+    def could_hold(self, spec: RequestSpec) -> bool:
+        """Whether its KV cache, were it empty, would hold the prompt."""
+        kv_tokens = self.scheduler.limits.kv_tokens
+        return kv_tokens is None or spec.prompt_tokens <= kv_tokens
+
     def total(self, name: str, of: Callable[[Replica, Rows], float]) -> float:
         """A sum over waiting and running rows, computed anew where requests have come or gone; `of` is what `name`
         always stands for."""

@@ -159,7 +159,7 @@ class SloPlacement:
         for _, _, handle, source in left[: max(2, WEIGHED // len(replicas))]:
             self._site(source).looked_at_s[handle] = now_s
             spec = source.scheduler.spec(handle)
-            others = [r for r in replicas if r is not source and coming[r.number] < AT_ONCE and _fits(r, spec)]
+            others = [r for r in replicas if r is not source and coming[r.number] < AT_ONCE and r.could_hold(spec)]
             if not others:
                 continue
             best, gain = self._best(spec, others, now_s)
@@ -179,7 +179,7 @@ class SloPlacement:
             rows = source.scheduler.rows()[0]
             rows = rows[~_hopeful(rows, now_s)]
             handles = [h for h in rows["handle"][np.argsort(rows["arrival_at_s"])].tolist() if h not in taken]
-            handles = [h for h in handles if _fits(target, source.scheduler.spec(h))]
+            handles = [h for h in handles if target.could_hold(source.scheduler.spec(h))]
             if not handles or outstanding_s(source) <= 2.0 * outstanding_s(target):
                 break
             taken.add(handles[0])
@@ -270,12 +270,6 @@ def _hopeful(rows: Rows, now_s: float) -> npt.NDArray[np.bool_]:
     first_s = np.minimum(rows["ttft_s"], rows["e2e_s"])
     carries = np.isfinite(np.minimum(first_s, rows["tpot_s"]))
     return np.asarray(carries & (now_s - rows["arrival_at_s"] < first_s))
-
-
-def _fits(replica: Replica, spec: RequestSpec) -> bool:
-    """Whether its KV cache could ever hold the prompt."""
-    kv_tokens = replica.scheduler.limits.kv_tokens
-    return kv_tokens is None or spec.prompt_tokens <= kv_tokens
 
 
 def _asks(spec: RequestSpec, replicas: Sequence[Replica]) -> Rows:
