@@ -292,7 +292,7 @@ async def test_an_engine_is_added_while_serving(bench: Bench) -> None:
     replica = bench.add()
     assert not replica.up
     await replica.start()
-    bench.runtime.opened(replica)
+    bench.runtime.changed(replica)
     more = [bench.submit(f"s{i}") for i in range(2)]
     await turns()
     assert len(bench.engine(1).requests) == 2
@@ -437,7 +437,7 @@ async def test_being_moved_is_no_failure(bench: Bench) -> None:
     stream = bench.submit("r")
     replica = bench.add()
     await replica.start()
-    bench.runtime.opened(replica)
+    bench.runtime.changed(replica)
     await turns()
     first = bench.where("r")
     bench.engine(first).emit("r", 65)

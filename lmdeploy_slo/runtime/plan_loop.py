@@ -14,7 +14,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TypeAlias
 
 from lmdeploy_slo.clock import Clock
 from lmdeploy_slo.core.plan import Plan
@@ -36,19 +36,8 @@ CATCH_UP_S = 0.002
 """So long after a request was sent past the policy it is told: while the engine is busy with the prompt."""
 
 
-class PlanWatcher(Protocol):
-    """Is told of plans."""
-
-    def planned(
-        self,
-        snapshot: Snapshot,
-        plan: Plan,
-        dispatches: Sequence[Dispatch],
-        planner: PlannerStatistics,
-        now_s: float,
-    ) -> None:
-        """A plan was applied; `dispatches` are about to be sent."""
-        ...
+PlanTold: TypeAlias = Callable[[Snapshot, Plan, Sequence[Dispatch], PlannerStatistics, float], None]
+"""Told that a plan of this snapshot was applied, who is about to be sent, how the planner does, and the instant."""
 
 
 class PlanLoop:
@@ -59,7 +48,7 @@ class PlanLoop:
         scheduler: Scheduler,
         planner: Planner,
         start_order: StartOrder,
-        watcher: PlanWatcher,
+        planned: PlanTold,
         clock: Clock,
         gap_s: float,
         *,
@@ -67,12 +56,12 @@ class PlanLoop:
         dispatch: Callable[[Dispatch, float], None],
     ) -> None:
         """report_progress: brings the scheduler up to date before a snapshot. dispatch: sends a request, at an instant,
-        to the engine; must not raise. watcher: is told of each plan before those it lets go are sent. gap_s: >= 0, see
+        to the engine; must not raise. planned: is told of each plan before those it lets go are sent. gap_s: >= 0, see
         the module."""
         self._scheduler = scheduler
         self._planner = planner
         self._start_order = start_order
-        self._watcher = watcher
+        self._planned = planned
         self._clock = clock
         self._gap_s = gap_s
         self._report_progress = report_progress
@@ -141,7 +130,7 @@ class PlanLoop:
                 return
         now_s = self._clock.now_s()
         dispatches = self._scheduler.apply(plan, now_s)
-        self._watcher.planned(snapshot, plan, dispatches, self._planner.statistics(), now_s)
+        self._planned(snapshot, plan, dispatches, self._planner.statistics(), now_s)
         for dispatch in dispatches:
             self._dispatch(dispatch, now_s)
         if plan.replan_after_s is not None:

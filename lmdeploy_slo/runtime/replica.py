@@ -11,6 +11,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 from lmdeploy_slo.clock import Clock
@@ -115,7 +116,7 @@ class Replica:
             scheduler,
             self.planner,
             StartOrder(engine, scheduler, policy, lambda h: by_handle[h].spec.request_id),
-            self,
+            partial(owner.planned, self),
             clock,
             options.plan_gap_s,
             report_progress=self._before_plan,
@@ -202,17 +203,6 @@ class Replica:
             if count:
                 live.reported_tokens = live.output_tokens
                 self.scheduler.on_tokens(live.handle, count, self.last_step_at_s)
-
-    def planned(
-        self,
-        snapshot: Snapshot,
-        plan: Plan,
-        dispatches: Sequence[Dispatch],
-        planner: PlannerStatistics,
-        now_s: float,
-    ) -> None:
-        """From the plan loop."""
-        self._owner.planned(self, snapshot, plan, dispatches, planner, now_s)
 
     def _before_plan(self) -> None:
         self.report_progress()

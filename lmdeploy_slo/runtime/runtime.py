@@ -106,7 +106,7 @@ class Runtime:
     # -- engines --------------------------------------------------------------
 
     def add(self, engine: Engine, scheduler: Scheduler, policy: Policy) -> Replica:
-        """One more engine; nothing is placed there before its `start` has returned and `opened` was called. Those that
+        """One more engine; nothing is placed there before its `start` has returned and `changed` was called. Those that
         are there when the runtime starts are started and opened with it."""
         number = self._pool.fleet.add(scheduler, policy)
         name = self.options.instance or engine.info.name
@@ -117,10 +117,6 @@ class Runtime:
         )
         self._pool.add(replica)
         return replica
-
-    def opened(self, replica: Replica) -> None:
-        """It has been started, and takes requests from now on."""
-        self.changed(replica)
 
     async def remove(self, replica: Replica, grace_s: float) -> None:
         """Takes an engine away: who waits for it waits for another one, what runs in it may end for up to `grace_s`
@@ -196,7 +192,7 @@ class Runtime:
         self._started = True
         self._was_serving = True
         for replica in self.replicas.values():
-            self.opened(replica)
+            self.changed(replica)
 
     async def drain(self, grace_s: float) -> None:
         """Takes no new requests, lets those here end for up to `grace_s` seconds, ends the rest with `Draining`."""
@@ -372,6 +368,7 @@ class Runtime:
         self.journal.planned(replica.number, snapshot, plan, dispatches, planner, now_s)
 
     def changed(self, replica: Replica) -> None:
+        """It takes requests if it is up and shall stay."""
         if replica.recovery.closed or replica.draining:
             self._pool.fleet.close(replica.number)
         elif replica.started:

@@ -152,7 +152,7 @@ class Scaling:
             if self._rule is not None:  # there is no room: it asks again where it still wants more
                 self.wanted = max(1, self.wanted - 1)
             return
-        self._runtime.opened(replica)
+        self._runtime.changed(replica)
         self._changed()
         logger.info("%s takes requests", replica.name)
 
