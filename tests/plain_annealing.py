@@ -141,24 +141,25 @@ def plain_rollout(admit, n, pace, base, spans, stakes, candidates) -> float:
         ends_at.append(ends_at[-1] + decode + max(stall, pace.background * decode))
         quiet.append(quiet[-1] + decode + stall)
 
+    def share(late, soon, deadline) -> float:
+        """Of all amounts of stall between none and what is expected, those with which the deadline is met."""
+        return 1.0 if late <= deadline else 0.0 if soon >= late else max(0.0, (deadline - soon) / (late - soon))
+
     score = 0.0
     for end, deadline, weight in stakes:
-        if instant(ends_at, end) <= deadline:
-            score += weight
-        elif instant(quiet, end) <= deadline:
-            score += weight * pace.doubt
+        score += weight * share(instant(ends_at, end), instant(quiet, end), deadline)
     for j in range(n):
         if admit[j] >= FINE:
             continue
         score -= candidates.price[j]
-        first = ends_at[admit[j] + 1]
-        if first > candidates.ttft_at[j]:
-            continue
+        first, quiet_first = ends_at[admit[j] + 1], quiet[admit[j] + 1]
         for output in candidates.outputs[j]:
-            at = instant(ends_at, admit[j] + int(output))
-            paced = output < 2 or at - first <= candidates.tpot[j] * (output - 1)
-            if at <= candidates.e2e_at[j] and paced:
-                score += candidates.worth[j] / QUANTILES
+            end, quiet_end = (instant(each, admit[j] + int(output)) for each in (ends_at, quiet))
+            shares = [share(first, quiet_first, candidates.ttft_at[j]), share(end, quiet_end, candidates.e2e_at[j])]
+            if output > 1:
+                tokens_s = candidates.tpot[j] * (output - 1)
+                shares.append(share(end - first, quiet_end - quiet_first, tokens_s))
+            score += candidates.worth[j] * min(shares) / QUANTILES
     return score
 
 

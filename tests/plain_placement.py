@@ -12,7 +12,7 @@ from lmdeploy_slo.scheduling.annealing_arrays import Pace
 from lmdeploy_slo.scheduling.placement_kernel import NO_ROOM, PROMISED
 
 
-def pace_of(running, model, doubt, duty, tpot_share, most) -> Pace:
+def pace_of(running, model, duty, tpot_share, most) -> Pace:
     """The step model with the background that recent arrivals, and the objectives of what runs, make likely."""
     objectives = [row["tpot_s"] for row in running if math.isfinite(row["tpot_s"])]
     if objectives:
@@ -20,7 +20,7 @@ def pace_of(running, model, doubt, duty, tpot_share, most) -> Pace:
         decode_s = model.c0 + model.d1 * len(running) + model.d2 * context
         most = min(most, max(0.0, 1.0 - decode_s / (tpot_share * float(np.median(objectives)))))
     share = min(duty, most)
-    return Pace(model.c0, model.p1, model.p2, model.d1, model.d2, doubt, share / (1.0 - share))
+    return Pace(model.c0, model.p1, model.p2, model.d1, model.d2, share / (1.0 - share))
 
 
 class PlainSite:

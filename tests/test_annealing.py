@@ -36,7 +36,7 @@ from lmdeploy_slo.scheduling.policy import SearchBudget
 from lmdeploy_slo.scheduling.rules import rule_order
 
 MODEL = StepModel(c0=0.01025, p1=4.752e-5, p2=1.13e-9, d1=2.377e-5, d2=3.67e-8)
-PACE = arrays.Pace(MODEL.c0, MODEL.p1, MODEL.p2, MODEL.d1, MODEL.d2, 0.5, 0.4)
+PACE = arrays.Pace(MODEL.c0, MODEL.p1, MODEL.p2, MODEL.d1, MODEL.d2, 0.4)
 SPREAD = np.linspace(-1.0, 1.0, QUANTILES) * 0.8
 NOW_S = 100.0
 
@@ -176,6 +176,11 @@ def test_the_search_equals_the_plain_twin_under_the_same_draws(seed: int) -> Non
     assert (score, best_score) == pytest.approx((plain_last, plain_best_score), abs=1e-9)
 
 
+def test_a_deadline_is_met_with_a_part_of_the_stall_to_come() -> None:
+    assert [kernel.chance(3.0, 1.0, deadline) for deadline in (0.5, 1.0, 1.5, 3.0, 9.0)] == [0.0, 0.0, 0.25, 1.0, 1.0]
+    assert [kernel.chance(1.0, 1.0, deadline) for deadline in (0.9, 1.0)] == [0.0, 1.0]
+
+
 def test_an_output_of_one_token_meets_without_a_tpot_objective() -> None:
     rows = draw_snapshot(1, waiting=1, running=0).waiting.copy()
     rows["tier"], rows["arrival_at_s"], rows["prompt_tokens"], rows["output_tokens"] = 1, NOW_S, 100, 1
@@ -247,7 +252,8 @@ def test_an_idle_engine_always_gets_work() -> None:
     hopeless = snapshot.waiting.copy()
     hopeless["arrival_at_s"] = NOW_S - 1e4
     hopeless.flags.writeable = False
-    plan = policy(leftover_loss=-1.0).plan(Snapshot(NOW_S, hopeless, snapshot.running, EngineLimits(), MODEL))
+    never = policy(leftover_loss=-1.0, patience=1e6)
+    plan = never.plan(Snapshot(NOW_S, hopeless, snapshot.running, EngineLimits(), MODEL))
     assert plan.send_now == 1
 
 
@@ -274,6 +280,35 @@ def test_leftovers_go_older_first_and_cheaper_first() -> None:
     empty = draw_snapshot(4, running=0).running
     plan = policy(leftovers_per_plan=6).plan(Snapshot(NOW_S, rows, empty, EngineLimits(), MODEL))
     assert plan.order.tolist() == [rows["handle"][i] for i in (3, 2, 1, 0)]
+
+
+@pytest.mark.parametrize(
+    ("waited_s", "granted", "taken", "left"),
+    [(9.0, 5.0, 0, 5.0), (11.0, 0.9, 0, 0.9), (11.0, 1.5, 1, 0.5), (11.0, 2.5, 2, 0.5)],
+)
+def test_who_is_overdue_may_cost_others_what_the_floor_granted(
+    waited_s: float, granted: float, taken: int, left: float
+) -> None:
+    """Two run, whose deadlines the one and then the other leftover's prefill makes them miss."""
+    snapshot = draw_snapshot(4, waiting=2, running=2)
+    run, wait = snapshot.running.copy(), snapshot.waiting.copy()
+    for rows in (run, wait):
+        rows["tier"], rows["length_sigma"], rows["cached_tokens"] = 1, 0.0, 0
+        rows["ttft_s"] = rows["tpot_s"] = rows["e2e_s"] = np.inf
+    run["generated_tokens"], run["output_tokens"], run["first_token_at_s"] = 10, 20, NOW_S - 0.5
+    wait["prompt_tokens"], wait["output_tokens"], wait["arrival_at_s"] = 4000, 1, NOW_S - waited_s
+    step_s, stall_s = MODEL.step_s(0, 0, 2, float(np.sum(run["prompt_tokens"])) + 40), MODEL.p1 * 4000
+    slack_s = 10 * step_s * (1 + PACE.background) + np.array([0.8, 1.8]) * stall_s
+    run["e2e_s"] = NOW_S - run["arrival_at_s"] + slack_s
+    stage = Stage(Snapshot(NOW_S, wait, run, EngineLimits(), MODEL))
+    assert (stage.n, stage([])) == (0, pytest.approx(2.0))
+    pace, *others = stage.arguments
+    quiet = pace._replace(background=0.0)
+    answer = kernel.admit_leftovers(
+        wait, np.arange(2), NOW_S, 1e-9, 10.0, 0.02, 0.0, granted, 0.0, 0.0, 0.0, stage.engine_s,
+        np.empty(0, dtype=np.int64), 0, quiet, *others,
+    )  # fmt: skip
+    assert answer == (taken, pytest.approx(left))
 
 
 def test_predicted_kv_memory_is_kept() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-DEFAULT_PATIENCE = 2.0
+DEFAULT_PATIENCE = 8.0
 """How long requests whose SLO is lost may be put off, in terms of the longest wait first come, first served would have
 caused of late: the knob between attainment and the longest waits; see `scheduling.annealing.AnnealingOptions`."""
 

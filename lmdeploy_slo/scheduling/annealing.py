@@ -56,6 +56,9 @@ GREEDY_SLICE = 6
 HOT, COLD = 0.3, 0.01
 """Temperatures, in requests: at first a plan that loses a third of a request is often tried, at last hardly ever."""
 
+OVERDUE = 0.5
+"""Share of patience after which a leftover is overdue: it may cost others what the floor grants."""
+
 PRICE_BATCH = 128.0
 """Sequences taken to share the fixed cost of a pass when engine time is priced: a loaded engine runs about so many."""
 
@@ -65,8 +68,9 @@ SEARCH_SHARE, SEARCH_SHARE_WITHOUT_SLOTS = 0.85, 0.72
 """Part of a time budget after which the search ends; the rest is for what comes after it, which is more where there are
 more candidates than free slots."""
 
-FLOOR_SAVED_S, FLOOR_SAVED_SLOTS_S = 1.0, 600.0
-"""Of what the floor grants, so much can be saved up: the prefill of the longest prompts, a slot for the longest run."""
+FLOOR_SAVED, FLOOR_SAVED_SLOTS_S = 1.0, 600.0
+"""Of what the floor grants, so much can be saved up, in requests and of the time of slots (the longest run). While
+somebody is overdue, all that is at stake on top of it: enough for anybody."""
 
 Steps: TypeAlias = npt.NDArray[np.int64]
 Stage: TypeAlias = tuple[Pace, Base, int, Stakes, int, Candidates, Scratch]
@@ -84,8 +88,8 @@ class AnnealingOptions:
 
     patience: > 0, the knob between attainment and the longest waits: a leftover pays the price of its engine time in
     full at first, nothing after this many times the longest wait FCFS would have caused of late.
-    floor: in [0, 1), the share of time, and of slots, that leftovers which have waited twice as long get whatever it
-    costs others.
+    floor: in [0, 1), what leftovers may cost others once they are overdue (OVERDUE of that wait): this share of the
+    arrivals that could meet their SLO, and of the time of slots.
     max_candidates: waiting requests one search decides on, the cheapest that can still meet. length_spread: how many
     sigmas the outer length quantiles lie off the forecast. price_window_s, price_capacity, price_weight: see
     ShadowPrice; the weight scales it. background_max: largest share of time ascribed to prefills still to come, and
@@ -96,8 +100,6 @@ class AnnealingOptions:
     its engine time; in a lull it pays less, so that lulls are used. leftovers_per_plan: how many may start at once.
     commitment: worth of a running request in terms of a waiting one; above 1, because what was spent on it is lost with
     it, and whoever takes its place may be given up in turn.
-    doubt: part of its worth that a running request keeps which misses only by the stall that recent arrivals suggest:
-    whether those are let in is the policy's own choice.
     search: what a plan is made by: "annealing" is all of it, "greedy" stops before annealing, "portfolio" tries the
     rules alone; for comparisons.
     """
@@ -116,7 +118,6 @@ class AnnealingOptions:
     congestion_s: float = 0.5
     leftovers_per_plan: int = 4
     commitment: float = 2.0
-    doubt: float = 0.5
     search: str = "annealing"
 
     def __post_init__(self) -> None:
@@ -171,7 +172,7 @@ class AnnealingPolicy:
         self._candidates = make_candidates(self._options.max_candidates)
         self._stakes = make_stakes(QUANTILES * 256)
         self._batch = PRICE_BATCH
-        self._granted_s = 0.0  # what the floor has granted and nobody has used, of prefill ...
+        self._granted = 0.0  # what the floor has granted and nobody has used, in requests ...
         self._slots_granted_s = 0.0  # ... and of the time of slots
         self._planned_at_s: float | None = None
         self._last: dict[int, int] = {}  # handle -> admission step of the last plan
@@ -195,7 +196,7 @@ class AnnealingPolicy:
         self._backlog.learn(snapshot, self._batch)
         if self._planned_at_s is not None:
             granted_s = options.floor * max(0.0, now_s - self._planned_at_s)
-            self._granted_s = min(self._granted_s + granted_s, FLOOR_SAVED_S)
+            self._granted += granted_s * self._price.arrivals_per_s
             slots_s = self._slots_granted_s + granted_s * snapshot.limits.max_batch_size
             self._slots_granted_s = min(slots_s, FLOOR_SAVED_SLOTS_S)
         self._planned_at_s = now_s
@@ -209,12 +210,14 @@ class AnnealingPolicy:
             now = order_for_slots(snapshot, self._candidates, now, stage[0], self._state)
         send = rows[now]
         leftovers = self._by_response(snapshot, engine_s, np.flatnonzero(~hopeful))
+        most = FLOOR_SAVED + (max(0.0, search.score) if self._any_overdue(snapshot, leftovers) else 0.0)
+        self._granted = min(self._granted, most)
         if len(now) >= snapshot.free_slots and self._has_earned_a_slot(snapshot, leftovers):
             send, leftovers = np.concatenate([leftovers[:1], send]), leftovers[1:]
-        extra, self._granted_s = kernel.admit_leftovers(
-            waiting, leftovers[: options.leftovers_per_plan], now_s, options.patience * self._backlog.longest_s,
-            options.leftover_loss, options.reserve_s, self._granted_s, self._price_s * self._congestion(n),
-            self._price.arrivals_per_s, self._price.slack_s, engine_s,
+        extra, self._granted = kernel.admit_leftovers(
+            waiting, leftovers[: options.leftovers_per_plan], now_s, self._patience_s,
+            OVERDUE * self._patience_s, options.leftover_loss, options.reserve_s, self._granted,
+            self._price_s * self._congestion(n), self._price.arrivals_per_s, self._price.slack_s, engine_s,
             search.best, n, *stage,
         )  # fmt: skip
         if not len(send) and not extra and not len(snapshot.running):
@@ -238,13 +241,17 @@ class AnnealingPolicy:
     def _price_s(self) -> float:
         return self._options.price_weight * self._price.price_s
 
+    @property
+    def _patience_s(self) -> float:
+        return self._options.patience * self._backlog.longest_s
+
     def _set_stage(self, snapshot: Snapshot) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_], int, Stage]:
         """(engine time by waiting row, which can still meet, how many candidates, what every kernel takes last)."""
         model, running, waiting, options = snapshot.model, snapshot.running, snapshot.waiting, self._options
         if QUANTILES * len(running) > len(self._stakes.end):
             self._stakes = make_stakes(2 * QUANTILES * len(running))
         duty = min(self._price.duty, self._most_background(snapshot))
-        pace = Pace(model.c0, model.p1, model.p2, model.d1, model.d2, options.doubt, duty / (1.0 - duty))
+        pace = Pace(model.c0, model.p1, model.p2, model.d1, model.d2, duty / (1.0 - duty))
         worth = options.commitment * self._worth_of(running)
         at_stake, spans = kernel.look_at_running(
             running, worth, snapshot.now_s, pace, self._spread, self._base, self._stakes
@@ -371,15 +378,17 @@ class AnnealingPolicy:
         response *= self._price.worth_of(waiting["client"])
         return np.asarray(rows[np.lexsort((-response, -waiting["tier"]))], dtype=np.int64)
 
+    def _any_overdue(self, snapshot: Snapshot, leftovers: Steps) -> bool:
+        since_s = snapshot.now_s - OVERDUE * self._patience_s
+        return len(leftovers) > 0 and bool(np.min(snapshot.waiting["arrival_at_s"][leftovers]) <= since_s)
+
     def _has_earned_a_slot(self, snapshot: Snapshot, leftovers: Steps) -> bool:
-        """Whether the first leftover goes before those who can meet, where they want every slot: it has waited twice as
-        long as patience lasts, and the floor has granted the time it will hold a slot, which is used up then."""
-        if not len(leftovers):
+        """Whether the first leftover goes before those who can meet, where they want every slot: it is overdue, and the
+        floor has granted the time it will hold a slot, which is used up then."""
+        if not self._any_overdue(snapshot, leftovers[:1]):
             return False
-        row = snapshot.waiting[leftovers[0]]
-        overdue_s = 2.0 * self._options.patience * self._backlog.longest_s
-        run_s = float(row["output_tokens"]) * step_time_s(snapshot)
-        if snapshot.now_s - row["arrival_at_s"] < overdue_s or run_s > self._slots_granted_s:
+        run_s = float(snapshot.waiting["output_tokens"][leftovers[0]]) * step_time_s(snapshot)
+        if run_s > self._slots_granted_s:
             return False
         self._slots_granted_s -= run_s
         return True

@@ -35,7 +35,6 @@ class Pace(NamedTuple):
     p2: float
     d1: float
     d2: float
-    doubt: float  # part of its worth that a running request keeps which only that stall makes miss
     background: float  # stall by requests still to come, as a multiple of each pass's decode time
 
 

@@ -200,6 +200,15 @@ def take_candidates(rows: Any, chosen: Any, worth: Any, now_s: Any, pace: Any, s
 
 
 @_jit
+def chance(end: Any, quiet_end: Any, deadline: Any) -> Any:
+    """Of meeting a deadline, in [0, 1], where the stall to come is anything between none (the end is `quiet_end`) and
+    all that is expected (`end`), each as likely."""
+    if end <= deadline:
+        return 1.0
+    return max(0.0, (deadline - quiet_end) / (end - quiet_end)) if end > quiet_end else 0.0
+
+
+@_jit
 def rollout(admit: Any, n: Any, pace: Any, base: Any, spans: Any, stakes: Any, at_stake: Any, candidates: Any,
             scratch: Any) -> Any:  # fmt: skip
     """Worth of the requests expected to meet, less the price of the work admitted, under admission steps `admit`."""
@@ -246,25 +255,24 @@ def rollout(admit: Any, n: Any, pace: Any, base: Any, spans: Any, stakes: Any, a
         quiet[k + 1] = quiet_time
         tokens += sequences * COARSE
     for i in range(at_stake):
-        if at_step(times, spans, stakes.end[i]) <= stakes.deadline[i]:
-            score += stakes.weight[i]
-        elif at_step(quiet, spans, stakes.end[i]) <= stakes.deadline[i]:
-            score += stakes.weight[i] * pace.doubt
+        end = stakes.end[i]
+        score += stakes.weight[i] * chance(at_step(times, spans, end), at_step(quiet, spans, end), stakes.deadline[i])
     for j in range(n):
         at = admit[j]
         if at >= FINE:
             continue
-        first = times[at + 1]
-        if first > candidates.ttft_at[j]:
+        first, quiet_first = times[at + 1], quiet[at + 1]
+        in_time = chance(first, quiet_first, candidates.ttft_at[j])
+        if in_time <= 0.0:
             continue
-        met = 0
+        met = 0.0
         for q in range(QUANTILES):
             output = candidates.outputs[j, q]
-            at_s = at_step(times, spans, at + output)
-            # a single token meets any TPOT; without the test, no objective (inf) times 0 would be nan
-            paced = output < 2 or at_s - first <= candidates.tpot[j] * (output - 1)
-            if at_s <= candidates.e2e_at[j] and paced:
-                met += 1
+            end, quiet_end = at_step(times, spans, at + output), at_step(quiet, spans, at + output)
+            part = min(in_time, chance(end, quiet_end, candidates.e2e_at[j]))
+            if output > 1:  # a single token meets any TPOT; without the test, no objective (inf) times 0 would be nan
+                part = min(part, chance(end - first, quiet_end - quiet_first, candidates.tpot[j] * (output - 1)))
+            met += part
         score += candidates.worth[j] * met / QUANTILES
     return score
 
@@ -346,18 +354,18 @@ def anneal(
 
 @_jit
 def admit_leftovers(
-    rows: Any, order: Any, now_s: Any, patience_s: Any, loss: Any, reserve_s: Any, granted_s: Any, price_s: Any,
-    coming: Any, slack_s: Any, engine_s: Any, admit: Any, n: Any, pace: Any, base: Any, spans: Any, stakes: Any,
-    at_stake: Any, candidates: Any, scratch: Any,
+    rows: Any, order: Any, now_s: Any, patience_s: Any, overdue_s: Any, loss: Any, reserve_s: Any, granted: Any,
+    price_s: Any, coming: Any, slack_s: Any, engine_s: Any, admit: Any, n: Any, pace: Any, base: Any, spans: Any,
+    stakes: Any, at_stake: Any, candidates: Any, scratch: Any,
 ) -> Any:  # fmt: skip
-    """How many of the rows in `order` may be sent now on top of the plan; (count, what is left of `granted_s`).
+    """How many of the rows in `order` may be sent now on top of the plan; (count, what is left of `granted`).
 
     These are requests with nothing to gain: without an objective, or with one that is lost. One may cost the plan at
     most `loss` (what its score falls by with `reserve_s` of stall to come, requests that come too late behind its
     prefill, and the price of its engine time); all three but what is at stake now fade to nothing over a wait of
     `patience_s`. Too late: of `coming` requests a second those that arrive while more than `slack_s` of prefill is due,
-    for what the engine has begun it finishes first. Who has waited twice as long may also go at any cost, as long
-    as its prefill fits into `granted_s`. Changes `base`.
+    for what the engine has begun it finishes first. Who has waited `overdue_s` may cost what runs and
+    the plan as much as `granted`, which is used up then. Changes `base`.
     """
     taken = 0
     reserve = 0.0
@@ -378,8 +386,8 @@ def admit_leftovers(
         due = base.prefill[0] - reserve - slack_s
         late = coming * charged * (max(0.0, due) - max(0.0, due - stall))
         if score - value + late > loss or price_s * engine_s[order[k]] * charged > loss:
-            if now_s - row["arrival_at_s"] < 2.0 * patience_s or stall > granted_s:
+            if now_s - row["arrival_at_s"] < overdue_s or score - value > granted:
                 break
-            granted_s -= stall
+            granted -= max(0.0, score - value)
         taken += 1
-    return taken, granted_s
+    return taken, granted

@@ -39,7 +39,7 @@ _jit: Callable[[Callable[..., Any]], Callable[..., Any]] = njit(nogil=True, cach
 class Sites(NamedTuple):
     """One row a replica; the second index is that of `annealing_arrays`."""
 
-    pace: Floats  # (replicas, 7): the fields of Pace
+    pace: Floats  # (replicas, 6): the fields of Pace
     decode: Floats
     prefill: Floats
     sequences: Floats
@@ -76,7 +76,7 @@ def make_sites(replicas: int, stakes: int) -> Sites:
 
     some = PROMISED + 1
     return Sites(
-        pace=floats(7),
+        pace=floats(6),
         decode=floats(SPANS + 2),
         prefill=floats(SPANS + 2),
         sequences=floats(SPANS + 2),
@@ -106,7 +106,7 @@ def make_sites(replicas: int, stakes: int) -> Sites:
 @_jit
 def pace_of(sites: Any, r: Any) -> Any:
     p = sites.pace[r]
-    return Pace(p[0], p[1], p[2], p[3], p[4], p[5], p[6])
+    return Pace(p[0], p[1], p[2], p[3], p[4], p[5])
 
 
 @_jit
@@ -147,18 +147,17 @@ def most_background(rows: Any, pace: Any, tpot_share: Any, most: Any) -> Any:
 
 
 @_jit
-def look_at_site(sites: Any, r: Any, running: Any, worth: Any, told_at_s: Any, model: Any, doubt: Any, duty: Any,
+def look_at_site(sites: Any, r: Any, running: Any, worth: Any, told_at_s: Any, model: Any, duty: Any,
                  tpot_share: Any, most: Any, max_batch_size: Any, kv_tokens: Any, spread: Any) -> Any:  # fmt: skip
     """Fills the row of a replica from its running rows, as they were known at `told_at_s`. worth: of each one's SLO.
 
     model: c0, p1, p2, d1, d2. duty: the share of time that its prefills are expected to take.
     """
-    pace = Pace(model[0], model[1], model[2], model[3], model[4], doubt, 0.0)
+    pace = Pace(model[0], model[1], model[2], model[3], model[4], 0.0)
     share = min(duty, most_background(running, pace, tpot_share, most))
     for k in range(5):
         sites.pace[r, k] = model[k]
-    sites.pace[r, 5] = doubt
-    sites.pace[r, 6] = share / (1.0 - share)
+    sites.pace[r, 5] = share / (1.0 - share)
     sites.at_stake[r], sites.spans[r] = kernel.look_at_running(
         running, worth, told_at_s, pace_of(sites, r), spread, base_of(sites, r), stakes_of(sites, r)
     )

@@ -234,7 +234,7 @@ class SloPlacement:
             self._make_room(len(self._sites.spans), 2 * QUANTILES * len(running))
         kernel.look_at_site(
             self._sites, site.place, running, options.commitment * TIER_WORTH[running["tier"]], told_at_s,
-            (model.c0, model.p1, model.p2, model.d1, model.d2), options.doubt, site.duty, options.tpot_share,
+            (model.c0, model.p1, model.p2, model.d1, model.d2), site.duty, options.tpot_share,
             options.background_max, limits.max_batch_size,
             float("inf") if limits.kv_tokens is None else float(limits.kv_tokens), self._spread,
         )  # fmt: skip
