@@ -9,7 +9,17 @@ import math
 
 import numpy as np
 
-from lmdeploy_slo.scheduling.annealing_arrays import COARSE, EPSILON, FINE, MAX_STEPS, NEVER, QUANTILES, SPANS, WAVES
+from lmdeploy_slo.scheduling.annealing_arrays import (
+    COARSE,
+    EPSILON,
+    FINE,
+    GREEDY_WAVES,
+    MAX_STEPS,
+    NEVER,
+    QUANTILES,
+    SPANS,
+    WAVES,
+)
 
 MASK = (1 << 64) - 1
 
@@ -172,7 +182,7 @@ def plain_greedy(order, n, evaluations, score_of):
         if spent >= evaluations:
             break
         choice, value = NEVER, current
-        for wave in WAVES.tolist():
+        for wave in GREEDY_WAVES.tolist():
             score = score_of([*admit[:j], wave, *admit[j + 1 :]])
             spent += 1
             if score > value + EPSILON:
@@ -193,14 +203,17 @@ def plain_anneal(admit, hot, cold, evaluations, random, score_of):
         trial = list(admit)
         j = int(random() * n)
         kind = random()
-        if kind < 0.35 and trial[j] != 0:
+        if kind < 0.15 and trial[j] != 0:
             trial[j] = 0
-        elif kind < 0.5 and trial[j] < NEVER:
+        elif kind < 0.3 and trial[j] < NEVER:
             trial[j] = NEVER
         elif kind < 0.75:
-            trial[j] = int(WAVES[int(random() * len(WAVES))])
+            wave = int(WAVES[int(random() * len(WAVES))])
+            trial[j] = wave if wave != trial[j] else NEVER
         else:
-            other = int(random() * n)
+            start = int(random() * n)
+            around = [*range(start, n), *range(start)]
+            other = next((k for k in around if trial[k] != trial[j]), start)
             trial[j], trial[other] = trial[other], trial[j]
         value = score_of(trial)
         if value >= score or random() < math.exp((value - score) / temperature):

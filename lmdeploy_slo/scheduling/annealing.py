@@ -47,14 +47,14 @@ PORTFOLIO_SIZES = (1, 2, 4, 8, 16)
 SLICE = 64
 """Evaluations between two looks at the clock."""
 
-FIRST_CYCLE = 4 * SLICE
+FIRST_CYCLE = 8 * SLICE
 """Evaluations in which the search cools down for the first time."""
 
 GREEDY_SLICE = 6
 """Candidates inserted between two looks at the clock."""
 
-HOT, COLD = 0.3, 0.01
-"""Temperatures, in requests: at first a plan that loses a third of a request is often tried, at last hardly ever."""
+HOT, COLD = 0.12, 0.01
+"""Temperatures, in requests: at first a plan that loses an eighth of a request is often tried, at last hardly ever."""
 
 OVERDUE = 0.5
 """Share of patience after which a leftover is overdue: it may cost others what the floor grants."""

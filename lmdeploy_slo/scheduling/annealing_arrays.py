@@ -19,7 +19,10 @@ SPANS = FINE + (MAX_STEPS - FINE) // COARSE
 NEVER = 1 << 30
 QUANTILES = 3
 WAVES = np.array([0, 1, 2, 4, 7, 11, 16, 24, 36, 52], dtype=np.int64)
-"""Admission steps the search tries: near ones finely, far ones coarsely."""
+"""Admission steps that annealing tries: near ones finely, far ones coarsely."""
+
+GREEDY_WAVES = np.array([0, 4, 16, 40], dtype=np.int64)
+"""Those the greedy insertion tries: it leaves the rest to annealing, which finds more in the same time."""
 
 EPSILON = 1e-9
 

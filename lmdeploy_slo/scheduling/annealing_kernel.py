@@ -18,7 +18,17 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from lmdeploy_slo.scheduling.annealing_arrays import COARSE, EPSILON, FINE, MAX_STEPS, NEVER, QUANTILES, SPANS, WAVES
+from lmdeploy_slo.scheduling.annealing_arrays import (
+    COARSE,
+    EPSILON,
+    FINE,
+    GREEDY_WAVES,
+    MAX_STEPS,
+    NEVER,
+    QUANTILES,
+    SPANS,
+    WAVES,
+)
 
 _jit: Callable[[Callable[..., Any]], Callable[..., Any]] = njit(nogil=True, cache=True)
 
@@ -295,13 +305,13 @@ def insert_greedily(
         choice = NEVER
         value = current
         most = current + candidates.worth[j] - candidates.price[j] - EPSILON
-        for s in range(WAVES.shape[0]):
-            admit[j] = WAVES[s]
+        for s in range(GREEDY_WAVES.shape[0]):
+            admit[j] = GREEDY_WAVES[s]
             score = rollout(admit, n, pace, base, spans, stakes, at_stake, candidates, scratch)
             spent += 1
             if score > value + EPSILON:
                 value = score
-                choice = WAVES[s]
+                choice = GREEDY_WAVES[s]
                 if score >= most:
                     break
         admit[j] = choice
@@ -316,8 +326,8 @@ def anneal(
 ) -> Any:  # fmt: skip
     """`evaluations` moves from `admit` (whose score is `score`), the temperature falling from `hot` to `cold`.
 
-    Moves: one candidate to now, to another wave or to never; two candidates change places. A worse plan is accepted
-    with exp(difference / temperature). Leaves the best plan seen in `best`; returns (score, best score).
+    Moves: one candidate to now, to another wave or to never; two of different steps change places. A worse plan is
+    accepted with exp(difference / temperature). Leaves the best plan seen in `best`; returns (score, best score).
     """
     cooling = (cold / hot) ** (1.0 / max(1, evaluations))
     temperature = hot
@@ -326,14 +336,19 @@ def anneal(
         old = admit[j]
         other = -1
         kind = next_random(state)
-        if kind < 0.35 and old != 0:
+        if kind < 0.15 and old != 0:
             admit[j] = 0
-        elif kind < 0.5 and old < NEVER:
+        elif kind < 0.3 and old < NEVER:
             admit[j] = NEVER
         elif kind < 0.75:
-            admit[j] = WAVES[int(next_random(state) * WAVES.shape[0])]
+            wave = int(next_random(state) * WAVES.shape[0])
+            admit[j] = WAVES[wave] if WAVES[wave] != old else NEVER
         else:
             other = int(next_random(state) * n)
+            for _ in range(n):
+                if admit[other] != old:
+                    break
+                other = (other + 1) % n
             admit[j] = admit[other]
             admit[other] = old
         value = rollout(admit, n, pace, base, spans, stakes, at_stake, candidates, scratch)
