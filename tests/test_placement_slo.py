@@ -46,9 +46,7 @@ def test_what_a_request_adds_equals_the_plain_twin(seed: int) -> None:
     for r in range(2):
         running, new = draw_rows(rng, 12, running=True), draw_rows(rng, 3, running=False)
         worths = 2.0 * TIER_WORTH[running["tier"]]
-        kernel.look_at_site(
-            sites, r, running, worths, NOW_S, COEFFICIENTS, 0.4, 0.9, 0.6, slots, kv_tokens, SPREAD
-        )
+        kernel.look_at_site(sites, r, running, worths, NOW_S, COEFFICIENTS, 0.4, 0.9, 0.6, slots, kv_tokens, SPREAD)
         kernel.promise(sites, r, new, TIER_WORTH[new["tier"]], NOW_S, prices_s[r], 0.1, 128.0, SPREAD, admit, scratch)
         pace = pace_of(running, MODEL, 0.4, 0.9, 0.6)
         plain = PlainSite(running, worths, NOW_S, pace, SPREAD, int(sites.spans[r]), prices_s[r], 128.0)
