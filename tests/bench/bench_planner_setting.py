@@ -170,7 +170,8 @@ VARIANTS: Sequence[tuple[str, Mapping[str, object], int | None]] = (
     ("rules alone decide, on the rollout", {"search": "portfolio"}, None),
     ("greedy insertion and rules", {"search": "greedy"}, None),
     ("no price", {"price_weight": 0.0}, None),
-    ("no pacing", {"background_max": 0.0}, None),
+    ("no pacing: no stall expected of who is to come", {"background_max": 0.0}, None),
+    ("leftovers at any cost", {"leftover_loss": 1e9}, None),
     ("100 evaluations", {}, 100),
     ("3,200 evaluations", {}, 3200),
 )
