@@ -176,6 +176,15 @@ def test_the_search_equals_the_plain_twin_under_the_same_draws(seed: int) -> Non
     assert (score, best_score) == pytest.approx((plain_last, plain_best_score), abs=1e-9)
 
 
+def test_who_can_wait_for_ever_is_admitted_only_where_it_is_all_but_sure_to_meet() -> None:
+    snapshot = draw_snapshot(4, waiting=2, running=0)
+    rows = snapshot.waiting.copy()
+    rows["tier"], rows["tpot_s"], rows["e2e_s"] = 1, 0.05, np.inf
+    rows["ttft_s"] = [np.inf, 60.0]
+    stage = Stage(Snapshot(NOW_S, rows, snapshot.running, EngineLimits(), MODEL), price_s=0.0)
+    assert stage.candidates.price[:2].tolist() == [kernel.LATER, 0.0]
+
+
 def test_a_deadline_is_met_with_a_part_of_the_stall_to_come() -> None:
     assert [kernel.chance(3.0, 1.0, deadline) for deadline in (0.5, 1.0, 1.5, 3.0, 9.0)] == [0.0, 0.0, 0.25, 1.0, 1.0]
     assert [kernel.chance(1.0, 1.0, deadline) for deadline in (0.9, 1.0)] == [0.0, 1.0]
@@ -283,13 +292,20 @@ def test_leftovers_go_older_first_and_cheaper_first() -> None:
 
 
 @pytest.mark.parametrize(
-    ("waited_s", "granted", "taken", "left"),
-    [(9.0, 5.0, 0, 5.0), (11.0, 0.9, 0, 0.9), (11.0, 1.5, 1, 0.5), (11.0, 2.5, 2, 0.5)],
+    ("waited_s", "granted", "queue_s", "taken", "left"),
+    [
+        (9.0, 5.0, math.inf, 0, 5.0),
+        (11.0, 0.9, math.inf, 0, 0.9),
+        (11.0, 1.5, math.inf, 1, 0.5),
+        (11.0, 2.5, math.inf, 2, 0.5),
+        (11.0, 2.5, 0.1, 1, 1.5),
+    ],
 )
 def test_who_is_overdue_may_cost_others_what_the_floor_granted(
-    waited_s: float, granted: float, taken: int, left: float
+    waited_s: float, granted: float, queue_s: float, taken: int, left: float
 ) -> None:
-    """Two run, whose deadlines the one and then the other leftover's prefill makes them miss."""
+    """Two run, whose deadlines the one and then the other leftover's prefill makes them miss; nobody is sent to wait in
+    the engine for another's."""
     snapshot = draw_snapshot(4, waiting=2, running=2)
     run, wait = snapshot.running.copy(), snapshot.waiting.copy()
     for rows in (run, wait):
@@ -305,7 +321,7 @@ def test_who_is_overdue_may_cost_others_what_the_floor_granted(
     pace, *others = stage.arguments
     quiet = pace._replace(background=0.0)
     answer = kernel.admit_leftovers(
-        wait, np.arange(2), NOW_S, 1e-9, 10.0, 0.02, 0.0, granted, 0.0, 0.0, 0.0, stage.engine_s,
+        wait, np.arange(2), NOW_S, 1e-9, 10.0, queue_s, 0.02, 0.0, granted, 0.0, 1e-9, 0.0, stage.engine_s,
         np.empty(0, dtype=np.int64), 0, quiet, *others,
     )  # fmt: skip
     assert answer == (taken, pytest.approx(left))

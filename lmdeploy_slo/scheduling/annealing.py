@@ -97,7 +97,8 @@ class AnnealingOptions:
     leftover_loss: requests one leftover may cost; larger serves hopeless requests sooner, at others' expense.
     reserve_s: stall still to come that running requests must be able to absorb beside a leftover's own.
     congestion_s: prefill work that is due, submitted or still with a chance, at which a leftover pays the full price of
-    its engine time; in a lull it pays less, so that lulls are used. leftovers_per_plan: how many may start at once.
+    its engine time; in a lull it pays less, so that lulls are used. leftovers_per_plan: how many may start at once, and
+    leftover_queue_s: behind how much submitted prefill, for which the next request with a chance would have to wait.
     commitment: worth of a running request in terms of a waiting one; above 1, because what was spent on it is lost with
     it, and whoever takes its place may be given up in turn.
     search: what a plan is made by: "annealing" is all of it, "greedy" stops before annealing, "portfolio" tries the
@@ -117,6 +118,7 @@ class AnnealingOptions:
     reserve_s: float = 0.3
     congestion_s: float = 0.5
     leftovers_per_plan: int = 4
+    leftover_queue_s: float = 0.1
     commitment: float = 2.0
     search: str = "annealing"
 
@@ -215,8 +217,8 @@ class AnnealingPolicy:
         if len(now) >= snapshot.free_slots and self._has_earned_a_slot(snapshot, leftovers):
             send, leftovers = np.concatenate([leftovers[:1], send]), leftovers[1:]
         extra, self._granted = kernel.admit_leftovers(
-            waiting, leftovers[: options.leftovers_per_plan], now_s, self._patience_s,
-            OVERDUE * self._patience_s, options.leftover_loss, options.reserve_s, self._granted,
+            waiting, leftovers[: options.leftovers_per_plan], now_s, self._patience_s, OVERDUE * self._patience_s,
+            options.leftover_queue_s, options.leftover_loss, options.reserve_s, self._granted,
             self._price_s * self._congestion(n), self._price.arrivals_per_s, self._price.slack_s, engine_s,
             search.best, n, *stage,
         )  # fmt: skip

@@ -30,6 +30,9 @@ from lmdeploy_slo.scheduling.annealing_arrays import (
     WAVES,
 )
 
+LATER = 0.9
+"""What a request that can wait for ever is worth while it waits, as a part of its worth."""
+
 _jit: Callable[[Callable[..., Any]], Callable[..., Any]] = njit(nogil=True, cache=True)
 
 
@@ -190,7 +193,8 @@ def look_at_waiting(rows: Any, now_s: Any, pace: Any, spread: Any, reference_bat
 def take_candidates(rows: Any, chosen: Any, worth: Any, now_s: Any, pace: Any, spread: Any, price_s: Any,
                     engine_s: Any, candidates: Any) -> Any:  # fmt: skip
     """Fills `candidates` with the rows numbered `chosen`. worth: of each one's SLO being met; price_s: of a second of
-    engine time, in the same unit."""
+    engine time, in the same unit. One with a TPOT objective alone loses nothing by waiting: it is admitted only where
+    it meets almost certainly."""
     for k in range(chosen.shape[0]):
         i = chosen[k]
         row = rows[i]
@@ -207,6 +211,8 @@ def take_candidates(rows: Any, chosen: Any, worth: Any, now_s: Any, pace: Any, s
         candidates.tpot[k] = row["tpot_s"]
         candidates.worth[k] = worth[k]
         candidates.price[k] = price_s * engine_s[i]
+        if candidates.ttft_at[k] == np.inf and candidates.e2e_at[k] == np.inf:
+            candidates.price[k] = max(candidates.price[k], LATER * worth[k])
 
 
 @_jit
@@ -369,9 +375,9 @@ def anneal(
 
 @_jit
 def admit_leftovers(
-    rows: Any, order: Any, now_s: Any, patience_s: Any, overdue_s: Any, loss: Any, reserve_s: Any, granted: Any,
-    price_s: Any, coming: Any, slack_s: Any, engine_s: Any, admit: Any, n: Any, pace: Any, base: Any, spans: Any,
-    stakes: Any, at_stake: Any, candidates: Any, scratch: Any,
+    rows: Any, order: Any, now_s: Any, patience_s: Any, overdue_s: Any, queue_s: Any, loss: Any, reserve_s: Any,
+    granted: Any, price_s: Any, coming: Any, slack_s: Any, engine_s: Any, admit: Any, n: Any, pace: Any, base: Any,
+    spans: Any, stakes: Any, at_stake: Any, candidates: Any, scratch: Any,
 ) -> Any:  # fmt: skip
     """How many of the rows in `order` may be sent now on top of the plan; (count, what is left of `granted`).
 
@@ -379,13 +385,16 @@ def admit_leftovers(
     most `loss` (what its score falls by with `reserve_s` of stall to come, requests that come too late behind its
     prefill, and the price of its engine time); all three but what is at stake now fade to nothing over a wait of
     `patience_s`. Too late: of `coming` requests a second those that arrive while more than `slack_s` of prefill is due,
-    for what the engine has begun it finishes first. Who has waited `overdue_s` may cost what runs and
-    the plan as much as `granted`, which is used up then. Changes `base`.
+    for what the engine has begun it finishes first. Who has waited `overdue_s` may cost what runs and the plan as much
+    as `granted`, which is used up then. While others may come nobody is sent behind more than `queue_s` of submitted
+    prefill: there is another plan before the engine could begin with it. Changes `base`.
     """
     taken = 0
     reserve = 0.0
     for k in range(order.shape[0]):
         row = rows[order[k]]
+        if coming > 0.0 and base.prefill[0] - reserve > queue_s:
+            break
         charged = max(0.0, 1.0 - (now_s - row["arrival_at_s"]) / patience_s)
         base.prefill[0] += reserve_s * charged - reserve
         reserve = reserve_s * charged
