@@ -62,6 +62,9 @@ OVERDUE = 0.5
 PRICE_BATCH = 128.0
 """Sequences taken to share the fixed cost of a pass when engine time is priced: a loaded engine runs about so many."""
 
+LATER = 0.9
+"""What a request that can wait for ever is worth while it waits, as a part of its worth."""
+
 SHORTEST_STEP_S = 1e-6
 
 SEARCH_SHARE, SEARCH_SHARE_WITHOUT_SLOTS = 0.85, 0.72
@@ -269,8 +272,16 @@ class AnnealingPolicy:
             waiting, chosen, self._worth_of(waiting[chosen]), snapshot.now_s, pace, self._spread, self._price_s,
             engine_s, self._candidates,
         )  # fmt: skip
+        self._price_of_patience(len(chosen))
         stage = (pace, self._base, spans, self._stakes, at_stake, self._candidates, self._scratch)
         return engine_s, hopeful, len(chosen), stage
+
+    def _price_of_patience(self, n: int) -> None:
+        """A request with a TPOT objective alone loses nothing by waiting: it goes where it is all but sure to meet."""
+        who = self._candidates
+        price, worth = who.price[:n], who.worth[:n]
+        can_wait = np.isinf(who.ttft_at[:n]) & np.isinf(who.e2e_at[:n])
+        np.maximum(price, LATER * worth, out=price, where=can_wait)
 
     def _worth_of(self, rows: Rows) -> npt.NDArray[np.float64]:
         """Of each row's SLO being met: by its tier, and less where its client asks for more than its share."""

@@ -30,9 +30,6 @@ from lmdeploy_slo.scheduling.annealing_arrays import (
     WAVES,
 )
 
-LATER = 0.9
-"""What a request that can wait for ever is worth while it waits, as a part of its worth."""
-
 _jit: Callable[[Callable[..., Any]], Callable[..., Any]] = njit(nogil=True, cache=True)
 
 
@@ -193,8 +190,7 @@ def look_at_waiting(rows: Any, now_s: Any, pace: Any, spread: Any, reference_bat
 def take_candidates(rows: Any, chosen: Any, worth: Any, now_s: Any, pace: Any, spread: Any, price_s: Any,
                     engine_s: Any, candidates: Any) -> Any:  # fmt: skip
     """Fills `candidates` with the rows numbered `chosen`. worth: of each one's SLO being met; price_s: of a second of
-    engine time, in the same unit. One with a TPOT objective alone loses nothing by waiting: it is admitted only where
-    it meets almost certainly."""
+    engine time, in the same unit."""
     for k in range(chosen.shape[0]):
         i = chosen[k]
         row = rows[i]
@@ -211,8 +207,6 @@ def take_candidates(rows: Any, chosen: Any, worth: Any, now_s: Any, pace: Any, s
         candidates.tpot[k] = row["tpot_s"]
         candidates.worth[k] = worth[k]
         candidates.price[k] = price_s * engine_s[i]
-        if candidates.ttft_at[k] == np.inf and candidates.e2e_at[k] == np.inf:
-            candidates.price[k] = max(candidates.price[k], LATER * worth[k])
 
 
 @_jit
