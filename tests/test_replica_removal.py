@@ -104,6 +104,25 @@ async def test_the_other_one_dies_while_one_is_taken_away(bench: Bench) -> None:
 
 
 @bench()
+async def test_who_is_told_to_stay_keeps_its_requests(bench: Bench) -> None:
+    """Also where a third one is there by the time it hears of it: nothing is sent to it a second time."""
+    stream = bench.submit("r")
+    await turns()
+    number = bench.where("r")
+    third = bench.add()
+    await third.start()
+    leaving = asyncio.ensure_future(bench.runtime.remove(bench.runtime.replicas[number], 60.0))
+    await turns()
+    bench.runtime.replicas[1 - number].engine._fell("gone")  # type: ignore[attr-defined]
+    bench.runtime.changed(third)
+    with pytest.raises(ValueError, match="only engine"):
+        await leaving
+    assert bench.where("r") == number
+    bench.engine(number).step("r")
+    await whole(stream)
+
+
+@bench()
 async def test_both_die_while_one_is_taken_away(bench: Bench) -> None:
     stream = bench.submit("r")
     await turns()

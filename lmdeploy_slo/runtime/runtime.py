@@ -129,7 +129,7 @@ class Runtime:
         self.changed(replica)
         try:
             await replica.drained(grace_s)
-            if not self._pool.others_open(replica):
+            if not replica.draining or not self._pool.others_open(replica):  # told to stay when it was the only one
                 raise needed
             self._failover.evacuate(replica)
             self._pool.rebalance()
