@@ -274,7 +274,7 @@ def test_requests_without_an_objective_are_served_when_nothing_is_at_stake() -> 
     rows = snapshot.waiting.copy()
     for field in ("ttft_s", "tpot_s", "e2e_s"):
         rows[field] = np.inf
-    rows["tier"] = 1
+    rows["tier"], rows["prompt_tokens"] = 1, 10
     rows.flags.writeable = False
     plan = policy(leftovers_per_plan=6).plan(Snapshot(NOW_S, rows, snapshot.running, EngineLimits(), MODEL))
     assert plan.send_now == 6
@@ -324,7 +324,7 @@ def test_who_is_overdue_may_cost_others_what_the_floor_granted(
     pace, *others = stage.arguments
     quiet = pace._replace(background=0.0)
     answer = kernel.admit_leftovers(
-        wait, np.arange(2), NOW_S, 1e-9, 10.0, queue_s, 0.02, 0.0, granted, 0.0, 1e-9, 0.0, stage.engine_s,
+        wait, np.arange(2), NOW_S, 1e-9, 10.0, queue_s, 0.02, 0.0, granted, 0.0, 0.0, 0.0, stage.engine_s,
         np.empty(0, dtype=np.int64), 0, quiet, *others,
     )  # fmt: skip
     assert answer == (taken, pytest.approx(left))

@@ -380,14 +380,14 @@ def admit_leftovers(
     prefill, and the price of its engine time); all three but what is at stake now fade to nothing over a wait of
     `patience_s`. Too late: of `coming` requests a second those that arrive while more than `slack_s` of prefill is due,
     for what the engine has begun it finishes first. Who has waited `overdue_s` may cost what runs and the plan as much
-    as `granted`, which is used up then. While others may come nobody is sent behind more than `queue_s` of submitted
-    prefill: there is another plan before the engine could begin with it. Changes `base`.
+    as `granted`, which is used up then. Nobody is sent behind more than `queue_s` of submitted prefill:
+    there is another plan before the engine could begin with it. Changes `base`.
     """
     taken = 0
     reserve = 0.0
     for k in range(order.shape[0]):
         row = rows[order[k]]
-        if coming > 0.0 and base.prefill[0] - reserve > queue_s:
+        if base.prefill[0] - reserve > queue_s:
             break
         charged = max(0.0, 1.0 - (now_s - row["arrival_at_s"]) / patience_s)
         base.prefill[0] += reserve_s * charged - reserve
