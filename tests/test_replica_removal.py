@@ -11,6 +11,7 @@ from scripted_engine import turns
 
 from lmdeploy_slo.clock import VirtualClock
 from lmdeploy_slo.errors import EngineUnavailable
+from lmdeploy_slo.runtime.stream import RequestStream
 from lmdeploy_slo.testing.virtual_time import run_virtual
 
 # -- adding and taking away ---------------------------------------------------
@@ -83,15 +84,21 @@ async def test_the_last_engine_stays(bench: Bench) -> None:
 # -- failures that meet -------------------------------------------------------
 
 
-@bench()
-async def test_the_other_one_dies_while_one_is_taken_away(bench: Bench) -> None:
-    """The one that was to go is needed, and stays."""
+async def other_falls_while_leaving(bench: Bench) -> tuple[RequestStream, int, asyncio.Future[None]]:
+    """(the answer to "r", the number of its engine, the removal of that engine); of two open ones the other is gone."""
     stream = bench.submit("r")
     await turns()
     number = bench.where("r")
     leaving = asyncio.ensure_future(bench.runtime.remove(bench.runtime.replicas[number], 60.0))
     await turns()
     bench.runtime.replicas[1 - number].engine._fell("gone")  # type: ignore[attr-defined]
+    return stream, number, leaving
+
+
+@bench()
+async def test_the_other_one_dies_while_one_is_taken_away(bench: Bench) -> None:
+    """The one that was to go is needed, and stays."""
+    stream, number, leaving = await other_falls_while_leaving(bench)
     with pytest.raises(ValueError, match="only engine"):
         await leaving
     assert bench.runtime.serving
@@ -106,14 +113,9 @@ async def test_the_other_one_dies_while_one_is_taken_away(bench: Bench) -> None:
 @bench()
 async def test_who_is_told_to_stay_keeps_its_requests(bench: Bench) -> None:
     """Also where a third one is there by the time it hears of it: nothing is sent to it a second time."""
-    stream = bench.submit("r")
-    await turns()
-    number = bench.where("r")
     third = bench.add()
     await third.start()
-    leaving = asyncio.ensure_future(bench.runtime.remove(bench.runtime.replicas[number], 60.0))
-    await turns()
-    bench.runtime.replicas[1 - number].engine._fell("gone")  # type: ignore[attr-defined]
+    stream, number, leaving = await other_falls_while_leaving(bench)
     bench.runtime.changed(third)
     with pytest.raises(ValueError, match="only engine"):
         await leaving
@@ -124,12 +126,7 @@ async def test_who_is_told_to_stay_keeps_its_requests(bench: Bench) -> None:
 
 @bench()
 async def test_both_die_while_one_is_taken_away(bench: Bench) -> None:
-    stream = bench.submit("r")
-    await turns()
-    number = bench.where("r")
-    leaving = asyncio.ensure_future(bench.runtime.remove(bench.runtime.replicas[number], 60.0))
-    await turns()
-    bench.runtime.replicas[1 - number].engine._fell("gone")  # type: ignore[attr-defined]
+    stream, number, leaving = await other_falls_while_leaving(bench)
     bench.engine(number).crash()
     with pytest.raises(ValueError, match="only engine"):
         await leaving
